@@ -1,0 +1,129 @@
+"""Steps 2 and 3 of ADZUS: merge attention maps that agree, and give every pixel to the map that claims it most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeroseg.attention.aggregate import grid_side
+
+_TINY = torch.finfo(torch.float32).tiny  # log stays finite where a probability underflowed to zero
+
+
+def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Half the sum of both Kullback-Leibler divergences, for all pairs of distributions.
+
+    D(p, q) = 1/2 sum_i (p_i - q_i)(log p_i - log q_i), expanded so that all pairs cost two matrix products and two
+    entropies instead of an (A, B, N) broadcast.
+
+    Args:
+        p: (A, N) distributions.
+        q: (B, N) distributions.
+
+    Returns:
+        (A, B) float32, non-negative, in nats.
+    """
+    p, q = p.float(), q.float()
+    log_p, log_q = p.clamp_min(_TINY).log(), q.clamp_min(_TINY).log()
+    # Any common shift of both logarithms cancels in the formula as long as rows sum alike; taking out their mean makes
+    # the terms small, so that float32 products keep the digits that a threshold is compared with.
+    shift = log_q.mean(0, keepdim=True)
+    log_p, log_q = log_p.sub_(shift), log_q.sub_(shift)
+    own_p, own_q = (p * log_p).sum(-1), (q * log_q).sum(-1)
+    cross = torch.addmm(p @ log_q.T, log_p, q.T)
+    return ((own_p[:, None] + own_q[None, :] - cross) / 2).clamp_min_(0)
+
+
+def anchor_indices(side: int, grid: int) -> Tensor:
+    """Token indices of the ``grid`` x ``grid`` anchors spread over a ``side`` x ``side`` grid, row by row (DiffSeg).
+
+    The spacing is (side - 1) // (grid - 1) tokens and the rest is split over both margins; a grid denser than the
+    tokens takes every token.
+
+    Raises:
+        ValueError: the grid is below 1.
+    """
+    if grid < 1:
+        msg = f"grid must be at least 1, not {grid}"
+        raise ValueError(msg)
+    grid = min(grid, side)
+    spacing = (side - 1) // (grid - 1) if grid > 1 else 0
+    start = (side - 1 - spacing * (grid - 1)) // 2
+    line = start + spacing * torch.arange(grid)
+    return (line[:, None] * side + line[None, :]).flatten()
+
+
+def merge_attention(attention: Tensor, thresholds: Sequence[float], grid: int = 16) -> Tensor:
+    """Merge attention maps into object proposals (DiffSeg, section 3.3; ADZUS step 2).
+
+    First iteration: every anchor becomes the mean of ALL maps closer to it than the first threshold, so neighbours may
+    share maps. Each later iteration walks the maps in order and greedily replaces a map, if nothing has absorbed it yet,
+    by the mean of every map closer than that iteration's threshold, absorbed or not.
+
+    Args:
+        attention: (N, N), rows are distributions over a square grid (``aggregate_self_attention``).
+        thresholds: largest symmetric KL divergence, in nats, at which two maps are the same object; one per iteration.
+        grid: anchors along a side of the grid.
+
+    Returns:
+        (K, N) float32 proposals, rows are distributions, in the order of their anchors.
+
+    Raises:
+        ValueError: attention is not (N, N) over a square grid, or thresholds is empty or not positive.
+    """
+    if attention.ndim != 2 or attention.shape[0] != attention.shape[1]:
+        msg = f"attention must be (N, N), not {tuple(attention.shape)}"
+        raise ValueError(msg)
+    if not len(thresholds) or min(thresholds) <= 0:
+        msg = f"thresholds must be a non-empty sequence of positive numbers, not {thresholds!r}"
+        raise ValueError(msg)
+    attention = attention.float()
+    anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
+    near = (symmetric_kl(attention[anchors], attention) < thresholds[0]).float()
+    near[torch.arange(len(anchors)), anchors] = 1  # a map agrees with itself, whatever the rounding
+    proposals = (near @ attention) / near.sum(1, keepdim=True)
+    for threshold in thresholds[1:]:
+        near = symmetric_kl(proposals, proposals) < threshold
+        near.fill_diagonal_(True)
+        absorbed = torch.zeros(len(proposals), dtype=torch.bool)
+        merged = []
+        for i, row in enumerate(near.cpu()):
+            if not absorbed[i]:
+                absorbed |= row
+                merged.append(near[i])
+        weights = torch.stack(merged).float()
+        proposals = (weights @ proposals) / weights.sum(1, keepdim=True)
+    return proposals
+
+
+def label_map(proposals: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Give every pixel to the proposal that is largest there (DiffSeg's non-maximum suppression; ADZUS step 3).
+
+    Args:
+        proposals: (K, N) over a square grid.
+        size: (H, W) of the label map, or one side of a square.
+
+    Returns:
+        (H, W) int64 labels in 0..K-1; bilinear resizing with half-pixel centres, ties go to the lower label.
+
+    Raises:
+        ValueError: proposals is empty or does not lie on a square grid.
+    """
+    if proposals.ndim != 2 or not len(proposals):
+        msg = f"proposals must be (K, N) with K >= 1, not {tuple(proposals.shape)}"
+        raise ValueError(msg)
+    side = grid_side(proposals.shape[1])
+    height, width = (size, size) if isinstance(size, int) else size
+    best = torch.full((height, width), -torch.inf, device=proposals.device)
+    labels = torch.zeros((height, width), dtype=torch.int64, device=proposals.device)
+    for start in range(0, len(proposals), 32):  # a few at a time: K full-size maps need not exist together
+        part = proposals[start : start + 32].float().view(-1, 1, side, side)
+        part = F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+        top, index = part.max(0)
+        better = top > best
+        best = torch.where(better, top, best)
+        labels = torch.where(better, index + start, labels)
+    return labels

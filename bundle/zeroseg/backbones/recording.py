@@ -1,0 +1,130 @@
+"""Reading attention and features out of a frozen diffusers UNet during one forward pass.
+
+Default attention kernels never form the probabilities, so the recorded layers run a processor of their own: it computes
+the same output block of query rows by block, and adds the head average of every block to a running sum. At no time does
+a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+BLOCK_ELEMENTS = 1 << 20
+"""Probabilities held at once (all heads of some query rows): 4 MB in float32, so that they stay in a core's cache."""
+
+
+@dataclass
+class Recording:
+    """What one or more forward passes left behind.
+
+    Attributes:
+        self_attention: number of tokens n -> (B, n, n) float32, rows sum to 1, averaged over heads, layers and passes.
+        cross_attention: number of tokens n -> (B, n, L) float32 over the L text tokens, averaged alike.
+        features: outputs of the decoder's up blocks, finest last, each (B, C, h, w) float32; of the last pass.
+    """
+
+    self_attention: dict[int, Tensor] = field(default_factory=dict)
+    cross_attention: dict[int, Tensor] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
+    _layers: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def _sum(self, kind: str, shape: tuple[int, int, int], device) -> Tensor:
+        store = getattr(self, kind)
+        n = shape[1]
+        self._layers[kind, n] = self._layers.get((kind, n), 0) + 1
+        if n not in store:
+            store[n] = torch.zeros(shape, dtype=torch.float32, device=device)
+        return store[n]
+
+    def _average(self) -> None:
+        for (kind, n), layers in self._layers.items():
+            getattr(self, kind)[n].div_(layers)
+        self._layers.clear()
+
+
+class _RecordingProcessor:
+    """A diffusers attention processor that equals the default one and adds the head-mean probabilities to a recording."""
+
+    def __init__(self, recording: Recording, kind: str):
+        self.recording, self.kind = recording, kind
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        heads = attn.heads
+        query, key, value = (
+            x.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x in (attn.to_q(hidden_states) * attn.scale, attn.to_k(context), attn.to_v(context))
+        )
+        batch, _, tokens, _ = query.shape
+        dtype = query.dtype
+        if attn.upcast_attention or attn.upcast_softmax:
+            query, key = query.float(), key.float()
+        key = key.transpose(-1, -2)
+        total = self.recording._sum(self.kind, (batch, tokens, key.shape[-1]), query.device)
+        output = torch.empty_like(query, dtype=dtype)
+        rows = max(1, BLOCK_ELEMENTS // (heads * key.shape[-1]))
+        for b in range(batch):
+            for start in range(0, tokens, rows):
+                block = slice(start, start + rows)
+                probabilities = torch.matmul(query[b, :, block], key[b]).softmax(-1)
+                total[b, block] += probabilities.mean(0)
+                output[b, :, block] = torch.matmul(probabilities.to(dtype), value[b])
+        output = output.transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+@contextmanager
+def record(
+    unet: nn.Module, self_attention: bool = True, cross_attention: bool = False, features: bool = False
+) -> Iterator[Recording]:
+    """Record the forward passes made inside the ``with`` block; the UNet is restored whatever happens in it.
+
+    Args:
+        unet: a diffusers ``UNet2DConditionModel``.
+        self_attention: record every ``attn1`` layer.
+        cross_attention: record every ``attn2`` layer.
+        features: record the output of every up block.
+
+    Yields:
+        A Recording whose averages are ready when the block is left.
+
+    Raises:
+        ValueError: a layer has fused projections (``fuse_qkv_projections``), whose parts cannot be read.
+    """
+    recording = Recording()
+    wanted = {"attn1": "self_attention"} if self_attention else {}
+    if cross_attention:
+        wanted["attn2"] = "cross_attention"
+    previous = unet.attn_processors
+    processors = dict(previous)
+    for name in previous:
+        layer = name.removesuffix(".processor")
+        kind = wanted.get(layer.rsplit(".", 1)[-1])
+        if kind is None:
+            continue
+        if getattr(unet.get_submodule(layer), "fused_projections", False):
+            msg = f"{layer} has fused projections: call unfuse_qkv_projections() before recording attention"
+            raise ValueError(msg)
+        processors[name] = _RecordingProcessor(recording, kind)
+    hooks = []
+    unet.set_attn_processor(processors)
+    try:
+        if features:
+            hooks.append(unet.register_forward_pre_hook(lambda *_: recording.features.clear()))
+            for up_block in unet.up_blocks:
+                hooks.append(
+                    up_block.register_forward_hook(lambda _m, _a, out: recording.features.append(out.detach().float()))
+                )
+        yield recording
+    finally:
+        unet.set_attn_processor(previous)
+        for hook in hooks:
+            hook.remove()
+        recording._average()

@@ -1,0 +1,28 @@
+"""Reading images and volumes, writing masks, DICOM SEG, overlays and manifests."""
+
+from zeroseg.io.dicom_seg import write_dicom_seg
+from zeroseg.io.finding import Case, find_cases
+from zeroseg.io.intensity import to_unit_range
+from zeroseg.io.manifest import file_sha256, versions, write_json
+from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
+from zeroseg.io.reading import Image, read_image
+from zeroseg.io.writing import atomic_path, write_confidence, write_mask
+
+__all__ = [
+    "Case",
+    "Image",
+    "atomic_path",
+    "contact_html",
+    "contact_sheet",
+    "draw_overlay",
+    "file_sha256",
+    "find_cases",
+    "overlay_slices",
+    "read_image",
+    "to_unit_range",
+    "versions",
+    "write_confidence",
+    "write_dicom_seg",
+    "write_json",
+    "write_mask",
+]

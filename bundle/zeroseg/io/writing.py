@@ -1,0 +1,147 @@
+"""Writing results whole or not at all, in the geometry of the input."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from PIL import Image as PILImage
+
+from zeroseg.errors import ZeroSegError
+from zeroseg.io.reading import Image
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception.
+
+    The temporary file is hidden, keeps the extension (writers choose the format by it), is flushed to disk before it is
+    renamed, and is removed on any exception, KeyboardInterrupt included. Missing folders are made. Only write in the
+    block: an OSError raised there is reported as one of writing.
+
+    Args:
+        path: where the file shall be; an existing file is replaced.
+
+    Yields:
+        The temporary path to write to.
+
+    Raises:
+        ZeroSegError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    extension = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
+    temporary = path.parent / f".zeroseg-{secrets.token_hex(8)}{extension}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ZeroSegError(
+            f"cannot write {path.name} into the folder {path.parent} ({error.strerror or error}); "
+            "check its permissions and the space left on the disk"
+        ) from error
+    finally:
+        with suppress(OSError):  # already renamed, or its folder never came to be
+            temporary.unlink()
+
+
+def write_mask(image: Image, labels: np.ndarray, path: str | os.PathLike) -> Path:
+    """Write a label map: volumes as NIfTI uint8 with the affine and shape of the input, 2-D images as 8-bit PNG.
+
+    For NIfTI input the header's qform, sform and pixel sizes are taken over bit for bit.
+
+    Args:
+        image: the image the labels belong to.
+        labels: (H, W) or (X, Y, Z) integers or bool in 0..255, of shape ``image.shape``.
+        path: target, ending in ``image.suffix`` (``.nii.gz`` or ``.png``).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ZeroSegError: the folder cannot be written to.
+        ValueError: shape, values or extension do not fit.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "bui" or (labels.size and (labels.min() < 0 or labels.max() > 255)):
+        raise ValueError(f"labels must be integers in 0..255, not {labels.dtype}")
+    return _write(image, labels.astype(np.uint8), path, intent="label")
+
+
+def write_confidence(image: Image, confidence: np.ndarray, path: str | os.PathLike) -> Path:
+    """Write a confidence map: volumes as NIfTI float32 in the input's geometry, 2-D images as 16-bit gray PNG.
+
+    In the PNG, 0..65535 stands for 0..1; 16 bits keep steps of 1.5e-5, where 8 bits would merge close calls.
+
+    Args:
+        image: the image the map belongs to.
+        confidence: (H, W) or (X, Y, Z) float in [0, 1], of shape ``image.shape``; values outside are clipped.
+        path: target, ending in ``image.suffix`` (``.nii.gz`` or ``.png``).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ZeroSegError: the folder cannot be written to.
+        ValueError: shape or extension do not fit, or a value is not finite.
+    """
+    confidence = np.asarray(confidence, dtype=np.float32)
+    if not np.isfinite(confidence).all():
+        raise ValueError("confidence holds values that are not finite")
+    confidence = confidence.clip(0, 1)
+    if not image.is_volume:
+        confidence = np.rint(confidence * 65535).astype(np.uint16)
+    return _write(image, confidence, path, intent="none")
+
+
+def _write(image: Image, data: np.ndarray, path: str | os.PathLike, intent: str) -> Path:
+    path = Path(path)
+    if data.shape != image.shape:
+        raise ValueError(f"the map has shape {data.shape}, its image {image.shape}")
+    if not path.name.endswith(image.suffix):
+        raise ValueError(f"{path.name}: must end in {image.suffix}")
+    with atomic_path(path) as temporary:
+        if image.is_volume:
+            nib.save(_nifti(image, data, intent), temporary)
+        else:
+            PILImage.fromarray(data).save(temporary)
+    return path
+
+
+def _without_shear(affine: np.ndarray) -> np.ndarray:
+    """The affine with its third axis along the slice normal: what a qform, and readers built on ITK, can hold.
+
+    Only series of a tilted gantry change by it: their slices appear stacked straight. The sform keeps the exact
+    geometry.
+    """
+    x, y, z = affine[:3, :3].T
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    straight = affine.copy()
+    straight[:3, 2] = np.copysign(np.linalg.norm(z), normal @ z) * normal
+    return straight
+
+
+def _nifti(image: Image, data: np.ndarray, intent: str) -> nib.Nifti1Image:
+    if image.header is None:
+        nifti = nib.Nifti1Image(data, image.affine)
+        nifti.set_sform(image.affine, code="scanner")
+        nifti.set_qform(_without_shear(image.affine), code="scanner")
+        nifti.header.set_xyzt_units("mm")
+    else:
+        header = image.header.copy()
+        header.extensions.clear()  # private notes of the input: not about the mask
+        header.set_data_dtype(data.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0  # the display range of the image would hide the labels
+        image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        nifti = image_class(data.reshape(image.file_shape), image.affine, header)
+    nifti.header.set_intent(intent)
+    nifti.header["descrip"] = b"ZeroSeg"
+    return nifti
