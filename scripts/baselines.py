@@ -1,7 +1,7 @@
 """Segmentation without a model: what a user could do with scikit-image alone, and what every result is compared with.
 
-All functions take an image (C, H, W) float in [0, 1] (``zeroseg.io.to_unit_range``) and return a bool mask (H, W). Those that
-end in ``_click`` see one click; (x, y) is (column, row) in pixels.
+All functions take an image (C, H, W) float in [0, 1] (``zeroseg.io.to_unit_range``) and return a bool mask (H, W).
+Those that end in ``_click`` see one click; (x, y) is (column, row) in pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from skimage.graph import cut_threshold, rag_mean_color
 from skimage.measure import label
 from skimage.segmentation import random_walker, slic
 from sklearn.cluster import KMeans
-
 from zeroseg.attention.prepare import to_three_channels
 
 CLICK_RADIUS = 2  # a click stands for the 5 x 5 pixels around it
@@ -56,13 +55,12 @@ def otsu_bright(image: np.ndarray) -> np.ndarray:
 
 
 def kmeans2_bright(image: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The lighter of two k-means clusters of the pixels' Lab colours; none in a constant image."""
-    lab = _lab(image)
-    pixels = lab.reshape(-1, 3)
+    """The lighter of two k-means clusters of the pixels' gray values or Lab colours; none in a constant image."""
+    pixels = image.reshape(-1, 1) if len(image) == 1 else _lab(image).reshape(-1, 3)
     if np.ptp(pixels, axis=0).max() == 0:
-        return np.zeros(lab.shape[:2], dtype=bool)
+        return np.zeros(image.shape[1:], dtype=bool)
     model = KMeans(2, n_init=3, random_state=seed).fit(pixels)
-    return (model.labels_ == np.argmax(model.cluster_centers_[:, 0])).reshape(lab.shape[:2])
+    return (model.labels_ == np.argmax(model.cluster_centers_[:, 0])).reshape(image.shape[1:])
 
 
 def otsu(image: np.ndarray) -> np.ndarray:
@@ -71,7 +69,7 @@ def otsu(image: np.ndarray) -> np.ndarray:
 
 
 def kmeans2(image: np.ndarray, seed: int = 0) -> np.ndarray:
-    """2-means in Lab colour; the class that covers more of the border is background."""
+    """2-means in gray or Lab colour; the class that covers more of the border is background."""
     return border_rule(kmeans2_bright(image, seed))
 
 
@@ -98,7 +96,9 @@ def random_walker_click(image: np.ndarray, x: int, y: int) -> np.ndarray:
     rgb = _rgb(image)
     if np.ptp(rgb) == 0 or not (seeds == 0).any():  # no edges to follow, or nothing left to decide
         return seeds == 1
-    return random_walker(rgb, seeds, beta=1000, mode="cg_j", tol=1e-3, channel_axis=-1) == 1
+    # Flat areas make the system ill-conditioned, and skimage warns; exact solutions took up to a minute an image and
+    # were no better.
+    return random_walker(rgb, seeds, beta=1000, mode="cg_j", prob_tol=np.inf, channel_axis=-1) == 1
 
 
 def slic_click(image: np.ndarray, x: int, y: int) -> np.ndarray:

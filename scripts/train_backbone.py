@@ -66,6 +66,22 @@ SOURCES = {
 }
 
 
+def draw_phantoms(count: int, seed: int, cache: Path | None) -> tuple[np.ndarray, list[str]]:
+    """(count, H, W, 3) uint8 images and their captions, on all cores; kept in ``cache`` for a resumed run."""
+    if cache is not None and cache.is_file():
+        stored = np.load(cache)
+        if len(stored["images"]) == count and stored["seed"] == seed:
+            return stored["images"], stored["captions"].tolist()
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        drawn = pool.map(make_phantom, range(seed, seed + count), chunksize=16)
+        drawn = list(tqdm(drawn, total=count, desc="phantoms", mininterval=5))
+    images, captions = np.stack([p.image for p in drawn]), [p.caption for p in drawn]
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, images=images, captions=np.array(captions), seed=seed)
+    return images, captions
+
+
 class Corpus:
     """Every training image in memory as uint8, with its captions; draws augmented batches.
 
@@ -73,7 +89,9 @@ class Corpus:
     folders are drawn from alike, whatever their size.
     """
 
-    def __init__(self, folders: list[tuple[Path, Source]], phantoms: int, seed: int, real_share: float = 0.4):
+    def __init__(
+        self, folders: list[tuple[Path, Source]], phantoms: int, seed: int, cache: Path | None = None, real_share: float = 0.4
+    ):
         self.real: list[list[tuple[np.ndarray, tuple[str, ...]]]] = []  # one list a folder
         self.counts: dict[str, int] = {}
         for folder, source in folders:
@@ -84,10 +102,7 @@ class Corpus:
                 names = [p for p in names if p.stem in allowed]
             self.counts[folder.name] = len(names)
             self.real.append([(np.asarray(Image.open(p).convert("RGB")), source.captions) for p in names])
-        with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            drawn = pool.map(make_phantom, range(seed, seed + phantoms), chunksize=16)
-            bar = tqdm(drawn, total=phantoms, desc="phantoms", mininterval=5)
-            self.phantoms = [(p.image, (p.caption,)) for p in bar]
+        self.phantoms = [(image, (caption,)) for image, caption in zip(*draw_phantoms(phantoms, seed, cache), strict=True)]
         self.real_share = real_share if self.real else 0.0
 
     def captions(self) -> list[str]:
@@ -209,7 +224,7 @@ class Trainer:
         self.device = torch.device(args.device)
         self.work = Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = build_tokenizer(corpus.captions(), self.work / "tokenizer")
+        self.tokenizer = self._tokenizer()
         self.vae, self.text, self.unet, self.scheduler = build_networks(len(self.tokenizer), args.seed)
         for net in (self.vae, self.text, self.unet):
             net.to(self.device, memory_format=torch.channels_last if net is not self.text else torch.preserve_format)
@@ -218,6 +233,14 @@ class Trainer:
         self.checkpoint = self.work / "state.pt"
         if self.checkpoint.exists():
             self._load()
+
+    def _tokenizer(self):
+        from transformers import CLIPTokenizer
+
+        folder = self.work / "tokenizer"
+        if (folder / "tokenizer_config.json").is_file():  # a resumed run keeps the words it was begun with
+            return CLIPTokenizer.from_pretrained(folder)
+        return build_tokenizer(self.corpus.captions(), folder)
 
     def _diffusion_parameters(self):
         yield from ((f"unet.{k}", p) for k, p in self.unet.named_parameters())
@@ -312,7 +335,7 @@ class Trainer:
 
         def loss_of(rng, step):
             large = rng.random() < args.large_share  # some batches at the size that is read later
-            size, count = (2 * args.size, args.batch // 4) if large else (args.size, args.batch)
+            size, count = (2 * args.size, max(1, args.batch // 4)) if large else (args.size, args.batch)
             images, captions = self.corpus.batch(rng, count, size)
             captions = ["" if rng.random() < 0.1 else c for c in captions]
             self.state["samples"] += count
@@ -411,7 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     import sys
 
     args.command = sys.argv[1:] if argv is None else argv
-    corpus = Corpus(find_folders(args), args.phantoms, args.seed)
+    corpus = Corpus(find_folders(args), args.phantoms, args.seed, Path(args.work) / "phantoms.npz")
     print(f"images: {corpus.counts}, phantoms: {len(corpus.phantoms)}")
     trainer = Trainer(args, corpus)
     if args.export_only:

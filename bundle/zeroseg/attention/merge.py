@@ -80,23 +80,76 @@ def merge_attention(attention: Tensor, thresholds: Sequence[float], grid: int = 
     if not len(thresholds) or min(thresholds) <= 0:
         msg = f"thresholds must be a non-empty sequence of positive numbers, not {thresholds!r}"
         raise ValueError(msg)
+    proposals = _merge_around_anchors(attention.float(), thresholds[0], grid)
+    for threshold in thresholds[1:]:
+        proposals = _merge_greedily(proposals, symmetric_kl(proposals, proposals) < threshold)
+    return proposals
+
+
+def merge_to(attention: Tensor, max_segments: int, grid: int = 16) -> tuple[Tensor, list[float]]:
+    """``merge_attention`` with thresholds found for this image: the smallest that leave at most ``max_segments``.
+
+    How far apart attention maps lie depends on the model, the image and the timestep, by orders of magnitude, which is
+    what makes fixed thresholds fragile. Here the first threshold is a low quantile of the image's own distances and the
+    second is found by bisection; there are two iterations.
+
+    Args:
+        attention: (N, N), as in ``merge_attention``.
+        max_segments: most proposals wanted, at least 1.
+        grid: anchors along a side.
+
+    Returns:
+        (K, N) proposals, K <= max_segments, and the two thresholds in nats.
+
+    Raises:
+        ValueError: max_segments is below 1.
+    """
+    if max_segments < 1:
+        msg = f"max_segments must be at least 1, not {max_segments}"
+        raise ValueError(msg)
     attention = attention.float()
     anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
-    near = (symmetric_kl(attention[anchors], attention) < thresholds[0]).float()
+    first = float(symmetric_kl(attention[anchors], attention[anchors]).quantile(FIRST_QUANTILE).clamp_min(_TINY))
+    proposals = _merge_around_anchors(attention, first, grid)
+    distance = symmetric_kl(proposals, proposals)
+    levels = distance.flatten().sort().values
+    low, high = 0, len(levels) - 1  # the highest distance merges everything, so the invariant holds: high is enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(_greedy_groups(distance <= levels[middle])) <= max_segments:
+            high = middle
+        else:
+            low = middle
+    return _merge_greedily(proposals, distance <= levels[high]), [first, float(levels[high])]
+
+
+FIRST_QUANTILE = 0.05
+"""Share of the distances between anchors that counts as "the same" in the first iteration of ``merge_to``."""
+
+
+def _merge_around_anchors(attention: Tensor, threshold: float, grid: int) -> Tensor:
+    anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
+    near = (symmetric_kl(attention[anchors], attention) < threshold).float()
     near[torch.arange(len(anchors)), anchors] = 1  # a map agrees with itself, whatever the rounding
-    proposals = (near @ attention) / near.sum(1, keepdim=True)
-    for threshold in thresholds[1:]:
-        near = symmetric_kl(proposals, proposals) < threshold
-        near.fill_diagonal_(True)
-        absorbed = torch.zeros(len(proposals), dtype=torch.bool)
-        merged = []
-        for i, row in enumerate(near.cpu()):
-            if not absorbed[i]:
-                absorbed |= row
-                merged.append(near[i])
-        weights = torch.stack(merged).float()
-        proposals = (weights @ proposals) / weights.sum(1, keepdim=True)
-    return proposals
+    return (near @ attention) / near.sum(1, keepdim=True)
+
+
+def _greedy_groups(near: Tensor) -> list[int]:
+    """Rows that survive the greedy walk over a (K, K) bool matrix of agreement."""
+    absorbed = torch.zeros(len(near), dtype=torch.bool)
+    kept = []
+    for i, row in enumerate(near.cpu()):
+        if not absorbed[i]:
+            absorbed |= row
+            absorbed[i] = True
+            kept.append(i)
+    return kept
+
+
+def _merge_greedily(proposals: Tensor, near: Tensor) -> Tensor:
+    near.fill_diagonal_(True)
+    weights = near[_greedy_groups(near)].float()
+    return (weights @ proposals) / weights.sum(1, keepdim=True)
 
 
 def label_map(proposals: Tensor, size: int | tuple[int, int]) -> Tensor:

@@ -37,6 +37,16 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
+def _quiet() -> None:
+    """Keep the libraries' loading bars and advice off the user's terminal; their errors still come through."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 class StableDiffusionBackbone:
     """A frozen latent diffusion model of the Stable Diffusion 1.x / 2.x shape.
 
@@ -94,8 +104,12 @@ class StableDiffusionBackbone:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        _quiet()
+
         def network(kind, subfolder):
             options = {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True, "torch_dtype": self.dtype}
+            if kind is not CLIPTextModel:
+                options["low_cpu_mem_usage"] = False  # its saving needs accelerate, which nothing else here does
             names = [p.name for p in (folder / subfolder).glob("*.safetensors")]
             if names and all(".fp16." in n for n in names):
                 options["variant"] = "fp16"
@@ -127,6 +141,8 @@ class StableDiffusionBackbone:
         """Refuse a folder of another layout with a line that says what is missing."""
         try:
             index = json.loads((folder / "model_index.json").read_text())
+            if not isinstance(index, dict):
+                raise ValueError("not an object")
         except (OSError, ValueError):
             msg = f"{folder.name} holds no readable model_index.json: give the folder that save_pretrained wrote"
             raise WeightsError(msg) from None
@@ -179,7 +195,7 @@ class StableDiffusionBackbone:
     @torch.inference_mode()
     def add_noise(self, latents: Tensor, timestep: int, noise: Tensor) -> Tensor:
         """The forward process q(z_t | z_0) at one timestep in [0, number of training timesteps)."""
-        self.load()
+        self.check_timestep(timestep)
         alpha = self.alphas[timestep]
         return (alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * noise).to(latents.dtype)
 
@@ -198,13 +214,22 @@ class StableDiffusionBackbone:
             output = alpha.sqrt() * output + (1 - alpha).sqrt() * latents.float()
         return output
 
+    def check_timestep(self, timestep: int) -> None:
+        """Refuse a timestep outside the model's schedule.
+
+        Raises:
+            ZeroSegError: it is no integer in [0, number of training timesteps).
+        """
+        self.load()
+        if not isinstance(timestep, int) or not 0 <= timestep < len(self.alphas):
+            msg = f"timestep {timestep} is outside 0..{len(self.alphas) - 1}"
+            raise ZeroSegError(msg)
+
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
         """One plain UNet forward, (B, C, h, w) -> (B, C, h, w), no recording."""
         self.load()
-        if not 0 <= timestep < len(self.alphas):
-            msg = f"timestep {timestep} is outside 0..{len(self.alphas) - 1}"
-            raise ZeroSegError(msg)
+        self.check_timestep(timestep)
         with self._lock:  # a recording may sit on the shared UNet; no other thread's pass may land in it
             return self.unet(latents.to(self.dtype), timestep, context.to(self.dtype)).sample
 

@@ -41,6 +41,7 @@ class Recording:
             store[n] = torch.zeros(shape, dtype=torch.float32, device=device)
         return store[n]
 
+    @torch.inference_mode()  # the passes may have run in it, and then only it may change what they left
     def _average(self) -> None:
         for (kind, n), layers in self._layers.items():
             getattr(self, kind)[n].div_(layers)

@@ -46,7 +46,7 @@ def resolve_folder(source: str | Path, embedded: str = "attention", revision: st
             raise WeightsError(msg)
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not _HUB_ID.match(name) or name.startswith("."):
         msg = f"backbone {name!r} is neither an existing folder nor a hub id (owner/name): give the folder of a saved diffusers pipeline"
@@ -78,7 +78,7 @@ def verify_sums(folder: Path) -> dict[str, str]:
     hashes = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
     sums = folder / "SHA256SUMS"
     if sums.is_file():
-        for line in sums.read_text().splitlines():
+        for line in filter(None, sums.read_text().splitlines()):
             expected, _, name = line.partition("  ")
             path = folder / name
             if not path.is_file():

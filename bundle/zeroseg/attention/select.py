@@ -1,0 +1,186 @@
+"""Which pixels are the object: rules over one image's aggregated attention, none of which knows a ground truth.
+
+Every rule makes a relevance map on the token grid from distances between attention maps (symmetric KL: how differently two
+tokens look at the image). ``cut`` then turns relevance at pixel resolution into a mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+from zeroseg.attention.merge import symmetric_kl
+
+MIN_AREA, MAX_AREA = 0.0005, 0.95
+"""Share of the image an object may cover; beyond it a cut is no candidate."""
+JUDGED_SIZE = 256
+"""Pixels a side at which thresholds are compared."""
+EDGE_SCALE = 3 / 256
+"""Gaussian scale of the edges a contour is compared with, as a share of the image's longer side."""
+
+
+def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
+    """Index of the token under pixel (x, y) = (column, row) of an (H, W) image."""
+    height, width = size
+    column = min(side - 1, int((x + 0.5) * side / width))
+    row = min(side - 1, int((y + 0.5) * side / height))
+    return row * side + column
+
+
+def click_relevance(attention: Tensor, tokens: list[int]) -> Tensor:
+    """How alike every token's attention is to that of the clicked ones: exp(-D / mean D), the best over the clicks.
+
+    How far maps lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
+
+    Args:
+        attention: (N, N) aggregated attention.
+        tokens: indices of the clicked tokens.
+
+    Returns:
+        (N,) in [0, 1]; 1 at a clicked token.
+    """
+    distance = symmetric_kl(attention[tokens], attention)
+    return torch.exp(-distance / distance.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
+
+
+def frame_relevance(attention: Tensor, frame: Tensor, share: float = 0.25) -> Tensor:
+    """How unlike the frame every token's attention is: the boundary prior of salient-object detection (Wei et al. 2012).
+
+    Relevance is the ``share`` quantile of a token's distances to the frame's tokens. A token that resembles a quarter of the
+    frame is background, however unlike the other three quarters may be; and an object may touch up to that share of
+    the frame and still stand out.
+
+    Args:
+        attention: (N, N) aggregated attention.
+        frame: (N,) bool, the tokens taken for background.
+        share: in (0, 1).
+
+    Returns:
+        (N,) in [0, 1], scaled so that the lowest is 0 and the highest 1.
+    """
+    distance = symmetric_kl(attention[frame], attention).quantile(share, dim=0)
+    distance = distance - distance.min()
+    return distance / distance.max().clamp_min(1e-12)
+
+
+def border_tokens(side: int, width: int = 1) -> Tensor:
+    """(side * side,) bool: the outermost ``width`` rings of the grid."""
+    frame = torch.ones(side, side, dtype=torch.bool)
+    frame[width : side - width, width : side - width] = False
+    return frame.flatten()
+
+
+def edge_strength(image: np.ndarray, scale: float) -> np.ndarray:
+    """Gradient magnitude of an image's channels together, at a Gaussian scale in pixels.
+
+    Args:
+        image: (C, H, W) or (H, W).
+
+    Returns:
+        (H, W) float32, mean 1 unless the image is flat.
+    """
+    channels = image[None] if image.ndim == 2 else image
+    edges = np.sqrt(sum(ndimage.gaussian_gradient_magnitude(c, scale) ** 2 for c in channels))
+    return (edges / max(float(edges.mean()), 1e-12)).astype(np.float32)
+
+
+def cut(
+    relevance: np.ndarray,
+    image: np.ndarray,
+    seeds: list[tuple[int, int]] | None = None,
+    allowed: np.ndarray | None = None,
+    levels: int = 32,
+) -> tuple[np.ndarray, float]:
+    """Threshold a relevance map where its contour fits best.
+
+    An object's edge is where relevance falls fastest and where the image changes, and an object rarely fills the image's
+    frame. So of many thresholds the one is taken that maximises: mean steepness of the relevance along the contour x mean
+    strength of the image's edges along it x share of the frame left free. With seeds, only the connected parts that hold
+    a seed count. Large images are judged at 256 pixels a side and cut at full size.
+
+    Args:
+        relevance: (H, W) float.
+        image: (C, H, W) of the same size, any range.
+        seeds: (row, column) pixels that must be inside, or None for every part of the image.
+        allowed: (H, W) bool, pixels the mask may use.
+        levels: thresholds tried of each kind: evenly spaced values, and quantiles of the relevance.
+
+    Returns:
+        (H, W) bool mask, possibly empty, and the threshold taken.
+    """
+    step = -(-max(relevance.shape) // JUDGED_SIZE)
+    small = relevance[::step, ::step]
+    inside = None if allowed is None else allowed[::step, ::step]
+    at = [(r // step, c // step) for r, c in seeds] if seeds else None
+    scale = EDGE_SCALE * max(small.shape)
+    fit = edge_strength(small, scale), edge_strength(image[:, ::step, ::step], scale)
+    low = float(np.quantile(small, 0.02))
+    high = float(min(small[s] for s in at)) if at else float(small.max())
+    thresholds = np.concatenate(
+        [np.linspace(low, high, levels + 2)[1:-1], np.quantile(small[small <= high], np.linspace(0.05, 0.995, levels))]
+    )
+    best_score, best_threshold, sizes = -1.0, None, set()
+    for threshold in np.unique(thresholds):
+        mask = small >= threshold
+        if inside is not None:
+            mask &= inside
+        if at:
+            mask = keep_seeded(mask, at)
+        size = np.count_nonzero(mask)
+        if size in sizes or not MIN_AREA * mask.size <= size <= MAX_AREA * mask.size:
+            continue
+        sizes.add(size)
+        contour = mask & ~_eroded(mask)
+        if not contour.any():
+            continue
+        frame = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+        score = float(fit[0][contour].mean() * fit[1][contour].mean() * (1 - frame))
+        if score > best_score:
+            best_score, best_threshold = score, float(threshold)
+    if best_threshold is None:  # nothing stands out: the clicked pixels alone, or nothing, is the honest answer
+        mask = np.zeros(relevance.shape, bool)
+        for seed in seeds or ():
+            mask[seed] = True
+        return mask, high
+    mask = relevance >= best_threshold
+    if allowed is not None:
+        mask &= allowed
+    for seed in seeds or ():  # at full size the guided filter may put a clicked pixel just below the threshold
+        mask[seed] = True
+    return keep_seeded(mask, seeds) if seeds else mask, best_threshold
+
+
+def _eroded(mask: np.ndarray) -> np.ndarray:
+    """Binary erosion by a cross, the outside counting as inside; a few times faster than the general one."""
+    padded = np.pad(mask, 1, constant_values=True)
+    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+def keep_seeded(mask: np.ndarray, seeds: list[tuple[int, int]]) -> np.ndarray:
+    """The connected parts of a mask that hold at least one seed."""
+    parts, _ = ndimage.label(mask)
+    kept = np.zeros_like(mask)
+    for part in {parts[s] for s in seeds} - {0}:
+        kept |= parts == part
+    return kept
+
+
+def split(relevance: np.ndarray, allowed: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+    """Threshold a relevance map between its two classes (Otsu 1979); every part of the image counts.
+
+    Args:
+        relevance: (H, W) float.
+        allowed: (H, W) bool, pixels the mask may use.
+
+    Returns:
+        (H, W) bool mask, empty where the relevance is constant, and the threshold taken.
+    """
+    values = relevance if allowed is None else relevance[allowed]
+    if values.size == 0 or values.min() == values.max():
+        return np.zeros(relevance.shape, bool), float(relevance.max())
+    threshold = float(threshold_otsu(values))
+    mask = relevance > threshold
+    return mask if allowed is None else mask & allowed, threshold

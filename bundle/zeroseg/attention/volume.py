@@ -1,0 +1,152 @@
+"""Volumes: slice by slice through a 2-D inferer, with identities carried from slice to slice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+from zeroseg.attention.linking import link_slices
+from zeroseg.attention.prepare import prepare
+from zeroseg.attention.segmentation import Segmentation
+from zeroseg.errors import ZeroSegError
+
+if TYPE_CHECKING:
+    from zeroseg.attention.inferer import AttentionSegmentationInferer
+
+FOLLOW_DICE = 0.4
+"""A followed object has ended where its mask overlaps the slice before by less than this Dice."""
+FOLLOW_GROWTH = 2.0
+"""... or where its area grows or shrinks by more than this factor from one slice to the next."""
+
+
+def segment_volume(
+    inferer: AttentionSegmentationInferer,
+    volume: Tensor | np.ndarray,
+    select: str | None = None,
+    points=None,
+    labels=None,
+    box=None,
+    text: str | None = None,
+) -> Segmentation:
+    """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; prompts are in voxel indices.
+
+    Contrast is stretched once over the whole volume, so that an empty slice stays empty. The backbone runs once per slice that
+    the rule needs.
+
+    Raises:
+        ZeroSegError: as ``AttentionSegmentationInferer.predict``.
+    """
+    from zeroseg.attention.inferer import check_box, check_points, resolve_select
+
+    axis = inferer.slice_axis % 3
+    volume = torch.as_tensor(np.asarray(volume)) if not isinstance(volume, Tensor) else volume.as_subclass(Tensor)
+    rule = resolve_select(select or inferer.select, points, box, text)
+    clicks, kinds = check_points(points, labels, volume.shape[1:])
+    corners = check_box(box, volume.shape[1:])
+    if rule == "points" and not any(kinds):
+        raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
+    walk = _Walk(inferer, prepare(volume), axis)
+    if rule == "points":
+        return walk.follow(clicks, kinds)
+    if rule == "box":
+        low, high = round(corners[axis]), round(corners[axis + 3])
+        flat = [v for i, v in enumerate(corners) if i % 3 != axis]  # (row, column) order of the slice
+        return walk.each(range(low, high + 1), "box", box=[flat[1], flat[0], flat[3], flat[2]])
+    return walk.each(range(walk.count), rule, **({"text": text} if rule == "text" else {}))
+
+
+class _Walk:
+    """One volume being walked through; collects what the slices give."""
+
+    def __init__(self, inferer: AttentionSegmentationInferer, volume: Tensor, axis: int):
+        self.inferer, self.axis = inferer, axis
+        self.slices = volume.movedim(axis + 1, 1)  # (3, slices, rows, columns): a slice's rows are the lower voxel axis
+        self.count = self.slices.shape[1]
+        self.shape = tuple(self.slices.shape[1:])
+        self.labels = np.zeros(self.shape, np.uint8)
+        self.confidence = np.ones(self.shape, np.float32)
+        self.seconds: dict[str, float] = {}
+
+    def each(self, indices: range, rule: str, **prompt) -> Segmentation:
+        """Apply a rule to every slice of a range; what lies outside is background."""
+        results = {}
+        for k in tqdm(indices, desc="slices", leave=False, disable=not self.inferer.progress):
+            results[k] = self._collect(self.inferer.predict(self._encode(k), rule, **prompt))
+        if rule == "segments":
+            for k, linked in zip(indices, link_slices([results[k].labels for k in indices]), strict=True):
+                self.labels[k] = linked
+        else:
+            for k, result in results.items():
+                self.labels[k] = result.labels
+        for k, result in results.items():
+            self.confidence[k] = result.confidence
+        absent = rule == "text" and all(r.absent for r in results.values())
+        details = {"slices": [{"index": k, **r.details} for k, r in results.items()]} if rule == "text" else {}
+        return self._result(rule, absent, details)
+
+    def follow(self, clicks, kinds) -> Segmentation:
+        """Segment each clicked slice, then follow its object both ways until it ends or meets another clicked slice."""
+        by_slice: dict[int, list[tuple[list[float], int]]] = {}
+        for click, kind in zip(clicks, kinds, strict=True):
+            in_slice = [v for i, v in enumerate(click) if i != self.axis]
+            by_slice.setdefault(round(click[self.axis]), []).append(([in_slice[1], in_slice[0]], kind))
+        anchors = sorted(k for k, entries in by_slice.items() if any(kind for _, kind in entries))
+        reached = {}
+        bar = tqdm(desc="slices", total=self.count, leave=False, disable=not self.inferer.progress)
+        for k in anchors:
+            points, labels = ([entry[i] for entry in by_slice[k]] for i in (0, 1))
+            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels)))
+            bar.update()
+        for k in anchors:
+            for step in (-1, 1):
+                before = self.labels[k] > 0
+                at = k + step
+                while 0 <= at < self.count and at not in anchors:
+                    avoid = [p for p, kind in by_slice.get(at, []) if not kind]
+                    result = self._next(at, before, avoid)
+                    if result is None:
+                        break
+                    self._keep(at, result)
+                    reached[at] = k
+                    before = result.labels > 0
+                    at += step
+                    bar.update()
+        bar.close()
+        return self._result("points", False, {"clicked_slices": anchors, "slices": sorted([*anchors, *reached])})
+
+    def _next(self, k: int, before: np.ndarray, avoid: list[list[float]]) -> Segmentation | None:
+        """The object of the slice before, found again in slice k by a click at its innermost point; None where it ended."""
+        if not before.any():
+            return None
+        depth = ndimage.distance_transform_edt(np.pad(before, 1))[1:-1, 1:-1]
+        row, column = np.unravel_index(depth.argmax(), depth.shape)
+        points, labels = [[float(column), float(row)], *avoid], [1] + [0] * len(avoid)
+        result = self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels))
+        now = result.labels > 0
+        overlap = 2 * np.count_nonzero(now & before) / max(1, np.count_nonzero(now) + np.count_nonzero(before))
+        growth = np.count_nonzero(now) / max(1, np.count_nonzero(before))
+        if overlap < FOLLOW_DICE or not 1 / FOLLOW_GROWTH <= growth <= FOLLOW_GROWTH:
+            return None
+        return result
+
+    def _encode(self, k: int):
+        return self.inferer.encode_prepared(self.slices[:, k])
+
+    def _keep(self, k: int, result: Segmentation) -> None:
+        self.labels[k], self.confidence[k] = result.labels, result.confidence
+
+    def _collect(self, result: Segmentation) -> Segmentation:
+        for stage, spent in result.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        return result
+
+    def _result(self, rule: str, absent: bool, details: dict) -> Segmentation:
+        labels = np.ascontiguousarray(np.moveaxis(self.labels, 0, self.axis))
+        confidence = np.ascontiguousarray(np.moveaxis(self.confidence, 0, self.axis))
+        scores = [float(confidence[labels == k].mean()) if (labels == k).any() else 0.0 for k in range(1, int(labels.max()) + 1)]
+        return Segmentation(labels, confidence, scores, rule, absent, self.seconds, details)

@@ -1,0 +1,262 @@
+"""From a folder of images to masks on disk: what ``python -m monai.bundle run`` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from zeroseg import __version__
+from zeroseg.attention import Segmentation
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import (
+    Case,
+    Image,
+    atomic_path,
+    draw_overlay,
+    file_sha256,
+    find_cases,
+    overlay_slices,
+    read_image,
+    to_unit_range,
+    versions,
+    write_confidence,
+    write_dicom_seg,
+    write_json,
+    write_mask,
+)
+
+logger = logging.getLogger(__name__)
+
+PROMPT_KEYS = ("select", "points", "labels", "box", "text")
+
+
+class CaseDataset(Dataset):
+    """The cases of a folder or file, listed on first use; item i is the ``Image`` of case i.
+
+    Args:
+        dataset_dir: a folder, or one file; see ``zeroseg.io.find_cases``.
+        exclude: folder below it to leave out (the output folder, when it lies inside).
+    """
+
+    def __init__(self, dataset_dir: str | os.PathLike | None, exclude: str | os.PathLike | None = None):
+        self.dataset_dir, self.exclude = dataset_dir, exclude
+        self._cases: list[Case] | None = None
+
+    @property
+    def cases(self) -> list[Case]:
+        """All cases, ordered by stem.
+
+        Raises:
+            ZeroSegError: nothing was given, or nothing readable is there.
+        """
+        if self._cases is None:
+            if not self.dataset_dir:
+                raise ZeroSegError("no input: give --dataset_dir, a folder of images or one file")
+            self._cases = find_cases(str(self.dataset_dir), exclude=self.exclude)
+        return self._cases
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Image:
+        return read_image(self.cases[index])
+
+
+def load_prompts(path: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
+    """Read ``prompts.json``: case stem -> keyword arguments of ``predict``.
+
+    Raises:
+        ZeroSegError: the file is missing or not of that form.
+    """
+    if path is None:
+        return {}
+    path = Path(str(path))
+    try:
+        prompts = json.loads(path.read_text())
+    except OSError as error:
+        raise ZeroSegError(f"cannot read prompts {path.name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ZeroSegError(f"prompts {path.name} is not valid JSON: {error}") from error
+    if not isinstance(prompts, dict) or not all(isinstance(v, dict) for v in prompts.values()):
+        raise ZeroSegError(f'prompts {path.name} must map case names to prompts: {{"case": {{"points": [[x, y]]}}}}')
+    for stem, entry in prompts.items():
+        unknown = sorted(set(entry) - set(PROMPT_KEYS))
+        if unknown:
+            raise ZeroSegError(f"prompts {path.name}, {stem}: unknown key {unknown[0]!r}; use {', '.join(PROMPT_KEYS)}")
+    return prompts
+
+
+class CaseRunner:
+    """Segment every case of a dataset and write the results; the bundle's evaluator.
+
+    One bad case never stops the others: it is listed in the manifest as failed, with its reason. Files appear whole or
+    not at all. Per case: ``<stem>_seg``, ``<stem>_confidence``, ``<stem>_overlay.png``, for DICOM input a DICOM SEG
+    ``<stem>_seg.dcm``; per run: ``manifest.json``.
+
+    Args:
+        inferer: has ``check()``, ``segment(array, **prompt) -> Segmentation``, ``settings()`` and ``backbone``.
+        dataset: the cases.
+        output_dir: where results go; created when missing.
+        prompts: path of ``prompts.json``, or None.
+        text: a text prompt for every case that has none of its own.
+        window: (center, width) for intensities, see ``to_unit_range``.
+        dicom_seg: write DICOM SEG for DICOM input.
+    """
+
+    def __init__(
+        self,
+        inferer: Any,
+        dataset: CaseDataset,
+        output_dir: str | os.PathLike | None,
+        prompts: str | os.PathLike | None = None,
+        text: str | None = None,
+        window: tuple[float, float] | None = None,
+        dicom_seg: bool = True,
+    ):
+        self.inferer, self.dataset, self.output_dir = inferer, dataset, output_dir
+        self.prompts, self.text, self.window, self.dicom_seg = prompts, text, window, dicom_seg
+
+    def run(self) -> None:
+        """Run and leave the process with exit code 2 when anything the user can mend went wrong.
+
+        Raises:
+            SystemExit: 2 after a wrong setting or failed cases, 130 after an interrupt.
+        """
+        logging.getLogger("pydicom").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="pydicom")
+        try:
+            failed = self.process()
+        except ZeroSegError as error:
+            print(f"zeroseg: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("zeroseg: interrupted; finished cases are complete and listed in manifest.json", file=sys.stderr)
+            raise SystemExit(130) from None
+        if failed:
+            raise SystemExit(2)
+
+    def process(self) -> int:
+        """Segment all cases and return how many failed.
+
+        Raises:
+            ZeroSegError: a setting, the weights, the prompts file, the input or the output folder is wrong; nothing was
+                segmented.
+        """
+        if not self.output_dir:
+            raise ZeroSegError("no output: give --output_dir, the folder for the results")
+        output = Path(str(self.output_dir))
+        self.dataset.exclude = output
+        prompts = load_prompts(self.prompts)
+        self.inferer.check()
+        cases = self.dataset.cases
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ZeroSegError(f"cannot create the output folder {output}: {error.strerror or error}") from error
+        unused = sorted(set(prompts) - {c.stem for c in cases})
+        if unused:
+            logger.warning("prompts for %s match no case", ", ".join(unused))
+        manifest = {
+            "zeroseg": __version__,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "backbone": self.inferer.backbone.describe(),
+            "settings": {**self.inferer.settings(), "text": self.text, "window": self.window},
+            "versions": versions(),
+            "unused_prompts": unused,
+            "cases": [],
+        }
+        failed = 0
+        try:
+            for case in tqdm(cases, desc="cases", disable=None):
+                entry = self._case(case, prompts.get(case.stem, {}), output)
+                manifest["cases"].append(entry)
+                if entry["status"] == "failed":
+                    failed += 1
+                    tqdm.write(f"zeroseg: {case.stem}: {entry['reason']}", file=sys.stderr)
+        finally:
+            write_json(output / "manifest.json", manifest)
+        print(f"{len(cases) - failed} of {len(cases)} cases segmented; masks, overlays and manifest.json are in {output}")
+        return failed
+
+    def _case(self, case: Case, prompt: dict[str, Any], output: Path) -> dict[str, Any]:
+        """Segment one case; a failure becomes an entry, not an exception."""
+        started = time.perf_counter()
+        entry: dict[str, Any] = {"case": case.stem, "status": "failed"}
+        try:
+            # Names without folders: a manifest travels, the folders of this machine are nobody else's business.
+            entry["inputs"] = [{"file": p.name, "sha256": file_sha256(p)} for p in case.paths]
+            image = read_image(case)
+            unit = to_unit_range(image, self.window)
+            if self.text is not None and not {"points", "box", "text"} & set(prompt):
+                prompt = {**prompt, "text": self.text}
+            entry["prompt"] = prompt
+            result = self.inferer.segment(unit, **prompt)
+            entry["files"], notes = self._write(case, image, unit, result, prompt, output)
+            entry.update(
+                status="done",
+                modality=image.modality,
+                shape=list(image.shape),
+                spacing_mm=image.spacing,
+                notes=[*image.notes, *notes],
+                select=result.select,
+                absent=result.absent,
+                scores=[round(s, 4) for s in result.scores],
+                details=result.details,
+                seconds={**{k: round(v, 4) for k, v in result.seconds.items()}, "total": round(time.perf_counter() - started, 4)},
+            )
+        except ZeroSegError as error:
+            entry["reason"] = str(error)
+        except MemoryError:
+            entry["reason"] = "not enough memory for this case: use a smaller resolution, or a machine with more"
+        except OSError as error:
+            entry["reason"] = f"cannot read or write: {error.strerror or error}"
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+                raise
+            entry["reason"] = "not enough memory for this case: use a smaller resolution, or --device cpu"
+        return entry
+
+    def _write(
+        self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path
+    ) -> tuple[list[str], list[str]]:
+        """Write every file of a case; returns their names and notes on what could not be written."""
+        mask = write_mask(image, result.labels, output / f"{case.stem}_seg{image.suffix}")
+        confidence = write_confidence(image, result.confidence, output / f"{case.stem}_confidence{image.suffix}")
+        title = f"{case.stem}: {result.select}" + (" - absent" if result.absent else "")
+        if image.is_volume:
+            picture = overlay_slices(
+                unit, result.labels, axis=self.inferer.slice_axis % 3, affine=image.affine, title=title
+            )
+        else:
+            kinds = prompt.get("labels")
+            picture = draw_overlay(
+                unit, result.labels, prompt.get("points"), prompt.get("box"), title=title, point_labels=kinds
+            )
+        overlay = output / f"{case.stem}_overlay.png"
+        with atomic_path(overlay) as part:
+            picture.save(part, format="PNG")
+        files, notes = [mask.name, confidence.name, overlay.name], []
+        if self.dicom_seg and case.kind.startswith("dicom"):
+            names = {1: result.details.get("text") or "object"} if result.select != "segments" else None
+            try:
+                written = write_dicom_seg(
+                    image,
+                    result.labels,
+                    output / f"{case.stem}_seg.dcm",
+                    label_names=names,
+                    algorithm_type="SEMIAUTOMATIC" if prompt else "AUTOMATIC",
+                )
+                files += [written.name] if written else []
+            except ZeroSegError as error:
+                notes.append(f"no DICOM SEG: {error}")
+        return files, notes

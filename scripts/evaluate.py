@@ -1,0 +1,592 @@
+#!/usr/bin/env python
+"""Measure segmentations against masks: one folder of images, or a suite of sets.
+
+    python scripts/evaluate.py --images DIR --masks DIR --protocol auto,points --out OUT
+    python scripts/evaluate.py --suite DIR --control untrained --half test --out OUT
+
+Protocols that a user could run, because no mask takes part in the choice of the object:
+  auto     the label-free rule
+  points   ONE positive click: the innermost point of the largest component of the mask
+  box      the tight bounding box of that component
+  text     the prompt of --text; the answer "absent" is an empty mask and scores Dice 0
+Click and box ask for one component but are scored against the whole mask; the rows points_component and box_component
+score the same predictions against that component alone (what counts where a mask holds many objects, such as nuclei).
+
+Upper bounds, because the mask chooses among the segments:
+  oracle_union   every segment that lies in the mask with more than half of its pixels
+  oracle_single  the one segment of best Dice
+  hungarian      segments matched to {background, foreground} by IoU; the one matched to the foreground
+
+Baselines run on the same images: Otsu and 2-means (border rule; *_best_polarity is an oracle over one bit per set),
+everything foreground, one-click methods where points is run, and with --control untrained the same pipeline on random
+weights.
+
+Dice, IoU and HD95 (95th percentile of the Hausdorff distance, in pixels) come from MONAI. An empty prediction has
+HD95 = the image's diagonal. A case's seconds are what a first answer takes: encoding the image plus this one prompt.
+
+Masks match images by file name without extension; any nonzero pixel is foreground. Written to OUT: cases.csv,
+summary.json, table.md, report.html and report.png (best, median and worst case; prediction yellow, mask blue, click
+green); for a suite one such folder per set, and table.md, table.json and report.html over all sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import inspect
+import json
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import _path  # noqa: F401
+import numpy as np
+import torch
+from baselines import AUTOMATIC, BRIGHT, CLICKS
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
+from PIL import Image as PILImage
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.backbones import StableDiffusionBackbone
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import (
+    Case,
+    atomic_path,
+    contact_html,
+    contact_sheet,
+    draw_overlay,
+    find_cases,
+    read_image,
+    to_unit_range,
+    versions,
+    write_json,
+)
+
+COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds")
+TRUTH_COLOR = (86, 180, 233)  # Okabe and Ito's sky blue: the overlay's second colour
+
+
+# Choices made from the mask: prompts and oracles.
+
+
+def half_of(stem: str) -> str:
+    """``dev`` or ``test``, fixed by the SHA-256 of the stem, whatever else is in the set."""
+    return ("dev", "test")[int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 2]
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected component of a bool mask (H, W); of equal ones, the first in row-major order."""
+    parts, _ = ndimage.label(mask)
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+
+
+def innermost_point(component: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the pixel furthest from the boundary, the image's edge included; ties: first in row-major order."""
+    depth = ndimage.distance_transform_edt(np.pad(component, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(np.argmax(depth), depth.shape)
+    return int(x), int(y)
+
+
+def bounding_box(component: np.ndarray) -> list[int]:
+    """[x0, y0, x1, y1] of the outermost pixels, both included; two pixels wide at least, as a box must be."""
+    corners = []
+    for axis in (0, 1):  # columns give x, rows y
+        line = component.any(axis=axis)
+        low, high = np.flatnonzero(line)[[0, -1]].tolist()
+        if low == high:
+            low, high = (low, high + 1) if high + 1 < len(line) else (max(low - 1, 0), high)
+        corners.append((low, high))
+    (x0, x1), (y0, y1) = corners
+    return [x0, y0, x1, y1]
+
+
+def _overlaps(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The labels present except 0, their sizes in pixels, and how many of these lie in the mask."""
+    sizes, inside = np.bincount(labels.ravel()), np.bincount(labels[truth], minlength=int(labels.max()) + 1)
+    present = np.flatnonzero(sizes)
+    present = present[present > 0]
+    return present, sizes[present], inside[present]
+
+
+def oracle_union(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Union of the segments of which more than half of the pixels lie in the mask."""
+    present, sizes, inside = _overlaps(labels, truth)
+    return np.isin(labels, present[2 * inside > sizes])
+
+
+def oracle_single(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The segment of best Dice."""
+    present, sizes, inside = _overlaps(labels, truth)
+    return labels == present[np.argmax(2 * inside / (sizes + truth.sum()))]
+
+
+def hungarian(labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The segment that the Hungarian assignment of segments to {background, foreground} by IoU gives the foreground.
+
+    Empty when there is one segment only and it fits the background better.
+    """
+    present, sizes, inside = _overlaps(labels, truth)
+    outside = sizes - inside
+    iou = np.stack([outside / (inside + (~truth).sum()), inside / (outside + truth.sum())], axis=1)
+    for row, column in zip(*linear_sum_assignment(iou, maximize=True), strict=True):
+        if column == 1:
+            return labels == present[row]
+    return np.zeros_like(truth)
+
+
+ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "oracle_union": oracle_union,
+    "oracle_single": oracle_single,
+    "hungarian": hungarian,
+}
+PROTOCOLS = (*ORACLES, "auto", "points", "box", "text")
+
+
+# Numbers.
+
+
+def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Dice, IoU and HD95 (pixels) of a bool mask (H, W) against a non-empty one of the same shape."""
+    p, t = (torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (prediction, truth))
+    if prediction.any():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges")  # MONAI's call of itself
+            hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95).item()
+    else:
+        hd95 = float(np.hypot(*truth.shape))
+    return {"dice": compute_dice(p, t).item(), "iou": compute_iou(p, t).item(), "hd95": hd95}
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
+    """95 % percentile bootstrap interval of the mean over cases; the seed is fixed."""
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return np.percentile(values[draws].mean(axis=1), (2.5, 97.5)).tolist()
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Means over cases, and how far to trust them."""
+    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in COLUMNS[2:]}
+    out = {name: float(columns[name].mean()) for name in ("dice", "iou", "hd95")} | {"n": len(rows)}
+    out |= {f"{name}_std": float(columns[name].std()) for name in ("dice", "iou", "hd95")}
+    out |= {f"{name}_median": float(np.median(columns[name])) for name in ("dice", "iou", "hd95")}
+    out |= {"dice_ci95": bootstrap_interval(columns["dice"]), "seconds": float(columns["seconds"].mean())}
+    if "absent" in rows[0]:
+        out["absent"] = sum(row["absent"] for row in rows)
+    return out
+
+
+def summarise_groups(rows: list[dict], run: dict) -> dict:
+    """All rows of a set -> {"protocols": ..., "baselines": ...} with what describes the run added."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["protocol"]].append(row)
+    out = {"protocols": {}, "baselines": {}, **run}
+    for name, group in groups.items():
+        kind, _, method = name.rpartition("/")
+        if kind == "untrained":
+            out["baselines"].setdefault(kind, {})[method] = summarise(group)
+        elif kind != "polarity":
+            out["baselines" if kind else "protocols"][method] = summarise(group)
+    for method in BRIGHT:
+        both = [summarise(groups[f"polarity/{method}_{side}"]) for side in ("bright", "dark")]
+        best = max(range(2), key=lambda k: both[k]["dice"])
+        out["baselines"][f"{method}_best_polarity"] = both[best] | {"polarity": ("bright", "dark")[best]}
+    return out
+
+
+# Cases.
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its mask.
+
+    Attributes:
+        stem: name of the case.
+        image: (C, H, W) float32 in [0, 1].
+        truth: (H, W) bool, never empty.
+        component: (H, W) bool, its largest component.
+    """
+
+    stem: str
+    image: np.ndarray
+    truth: np.ndarray
+    component: np.ndarray
+
+
+def find_pairs(images: Path, masks: Path, out: Path, half: str = "all", limit: int | None = None):
+    """Cases that have an image and a mask.
+
+    Returns:
+        list of (image, mask), and the stems of images without a mask.
+
+    Raises:
+        ZeroSegError: a folder is missing or empty, or nothing is left to evaluate.
+    """
+    for name, folder in (("images", images), ("masks", masks)):
+        if not folder.is_dir():
+            raise ZeroSegError(f"{folder}: no such folder; give an existing one as --{name}")
+    found = find_cases(images, exclude=out)
+    truths = {case.stem: case for case in find_cases(masks, exclude=out)}
+    pairs = [(case, truths[case.stem]) for case in found if case.stem in truths]
+    if not pairs:
+        raise ZeroSegError(f"no mask in {masks} has the name of an image in {images} (without extension)")
+    chosen = [pair for pair in pairs if half in ("all", half_of(pair[0].stem))][:limit]
+    if not chosen:
+        raise ZeroSegError(f"none of the {len(pairs)} cases of {images} belongs to the half {half!r}; use --half all")
+    return chosen, [case.stem for case in found if case.stem not in truths]
+
+
+def load_sample(image_case: Case, mask_case: Case) -> Sample:
+    """Read one pair.
+
+    Raises:
+        ZeroSegError: a file cannot be read, the image is a volume, or the mask is empty or of another size.
+    """
+    image, mask = read_image(image_case), read_image(mask_case)
+    if image.is_volume:
+        raise ZeroSegError(f"{image_case.paths[0]}: a volume; this evaluation takes 2-D images")
+    if mask.shape != image.shape:
+        sizes = ("x".join(map(str, shape)) for shape in (mask.shape, image.shape))
+        raise ZeroSegError("{}: the mask is {}, its image {} (height x width)".format(mask_case.paths[0], *sizes))
+    truth = (mask.array != 0).any(axis=0)
+    if not truth.any():
+        raise ZeroSegError(f"{mask_case.paths[0]}: the mask is empty, so there is nothing to score against")
+    return Sample(image_case.stem, to_unit_range(image), truth, largest_component(truth))
+
+
+def run_protocols(inferer, sample: Sample, protocols: list[str], text: str | None) -> tuple[list[dict], dict]:
+    """Encode the image once and run every protocol on it.
+
+    Returns:
+        rows (without the case), and protocol -> predicted mask (H, W) bool.
+    """
+    start = time.perf_counter()
+    encoded = inferer.encode(sample.image)
+    encode_seconds = time.perf_counter() - start
+    prompts = {
+        "auto": {},
+        "points": {"points": [list(innermost_point(sample.component))], "labels": [1]},
+        "box": {"box": bounding_box(sample.component)},
+        "text": {"text": text},
+    }
+    rows, masks, answers = [], {}, {}
+    for protocol in protocols:
+        select = "segments" if protocol in ORACLES else protocol
+        if select not in answers:
+            start = time.perf_counter()
+            result = inferer.predict(encoded, select=select, **prompts.get(select, {}))
+            answers[select] = result, encode_seconds + time.perf_counter() - start
+        result, seconds = answers[select]
+        oracle = ORACLES.get(protocol)
+        masks[protocol] = mask = oracle(result.labels, sample.truth) if oracle else result.labels > 0
+        row = {"protocol": protocol, "seconds": seconds, **score(mask, sample.truth)}
+        if protocol == "text":
+            row["absent"] = bool(result.absent)
+        rows.append(row)
+        if protocol in ("points", "box"):
+            rows.append({"protocol": f"{protocol}_component", "seconds": seconds, **score(mask, sample.component)})
+    return rows, masks
+
+
+def run_baselines(sample: Sample, click: bool) -> list[dict]:
+    """Rows of every method that needs no model, one-click ones only on request."""
+    rows = []
+    for name, method in AUTOMATIC.items():
+        start = time.perf_counter()
+        mask = method(sample.image)
+        seconds = time.perf_counter() - start
+        rows.append({"protocol": f"baseline/{name}", "seconds": seconds, **score(mask, sample.truth)})
+    for name, method in BRIGHT.items():
+        start = time.perf_counter()
+        bright = method(sample.image)
+        seconds = time.perf_counter() - start
+        for side, mask in (("bright", bright), ("dark", ~bright)):
+            rows.append({"protocol": f"polarity/{name}_{side}", "seconds": seconds, **score(mask, sample.truth)})
+    for name, method in CLICKS.items() if click else ():
+        start = time.perf_counter()
+        mask = method(sample.image, *innermost_point(sample.component))
+        seconds = time.perf_counter() - start
+        for suffix, target in (("", sample.truth), ("_component", sample.component)):
+            rows.append({"protocol": f"baseline/{name}{suffix}", "seconds": seconds, **score(mask, target)})
+    return rows
+
+
+# Reports.
+
+
+def overlay(sample: Sample, mask: np.ndarray, protocol: str) -> PILImage.Image:
+    """The image with the prediction (yellow), the mask (blue, just outside of it) and the prompt."""
+    prompt = {"points": [innermost_point(sample.component)]} if protocol == "points" else {}
+    prompt = {"box": bounding_box(sample.component)} if protocol == "box" else prompt
+    picture = draw_overlay(sample.image, mask.astype(np.uint8), **prompt)
+    truth = np.asarray(PILImage.fromarray(sample.truth).resize(picture.size, PILImage.Resampling.NEAREST))
+    canvas = np.array(picture)
+    canvas[ndimage.binary_dilation(truth, iterations=4) & ~ndimage.binary_dilation(truth)] = TRUTH_COLOR
+    return PILImage.fromarray(canvas)
+
+
+def best_median_worst(rows: list[dict]) -> list[tuple[str, dict]]:
+    """("best", row), ("median", row), ("worst", row) by Dice; fewer where there are fewer cases."""
+    ranked = sorted(rows, key=lambda row: (-row["dice"], row["case"]))
+    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
+    names = {place: name for name, place in places.items()}  # a case that holds two places is shown once
+    return [(name, ranked[place]) for place, name in sorted(names.items())]
+
+
+def methods_of(summary: dict) -> dict[str, dict]:
+    """Every method of a summary by a flat name, in the order of the table."""
+    flat = dict(summary["protocols"])
+    flat |= {f"untrained: {k}": v for k, v in summary["baselines"].get("untrained", {}).items()}
+    return flat | {f"baseline: {k}": v for k, v in summary["baselines"].items() if k != "untrained"}
+
+
+def mean_over_sets(summaries: dict[str, dict]) -> dict[str, float]:
+    """Mean Dice over sets of every method that was run on all of them."""
+    tables = [methods_of(summary) for summary in summaries.values()]
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    return {name: float(np.mean([table[name]["dice"] for table in tables])) for name in common}
+
+
+def markdown_table(summaries: dict[str, dict]) -> str:
+    """Mean Dice, a row per method and a column per set."""
+    tables = {name: methods_of(summary) for name, summary in summaries.items()}
+    methods = list(dict.fromkeys(method for table in tables.values() for method in table))
+    means = mean_over_sets(summaries)
+    counts = [str(next(iter(table.values()))["n"]) for table in tables.values()]
+    lines = [["Dice", *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), ["n", *counts, ""]]
+    for method in methods:
+        cells = [f"{table[method]['dice']:.3f}" if method in table else "-" for table in tables.values()]
+        lines.append([method, *cells, f"{means[method]:.3f}" if method in means else "-"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# A set, and the command line.
+
+
+def evaluate_set(name, images, masks, out, inferer, control, args, text) -> tuple[dict, list, int]:
+    """Evaluate one folder and write its results to ``out``.
+
+    Returns:
+        the summary, (title, picture) of the report, and how many cases failed.
+
+    Raises:
+        ZeroSegError: no case could be evaluated.
+    """
+    protocols = [p for p in args.protocols if p != "text" or text is not None]
+    pairs, unmatched = find_pairs(images, masks, out, args.half, args.limit)
+    if unmatched:
+        print(f"{name}: {len(unmatched)} images without a mask are left out, e.g. {unmatched[0]}", file=sys.stderr)
+    shown = next(p for p in ("points", "auto", *protocols) if p in protocols)
+    rows, predictions, failed = [], {}, []
+    for image_case, mask_case in tqdm(pairs, desc=name, unit="image"):
+        try:
+            sample = load_sample(image_case, mask_case)
+            case_rows, answers = run_protocols(inferer, sample, protocols, text)
+            if control is not None:
+                controls, _ = run_protocols(control, sample, protocols, text)
+                case_rows += [row | {"protocol": f"untrained/{row['protocol']}"} for row in controls]
+            case_rows += run_baselines(sample, click="points" in protocols)
+        except ZeroSegError as error:
+            failed.append({"case": image_case.stem, "error": str(error)})
+            tqdm.write(f"{name}: {image_case.stem} failed: {error}", file=sys.stderr)
+            continue
+        rows += [{"case": sample.stem} | row for row in case_rows]
+        predictions[sample.stem] = answers[shown]
+    if not rows:
+        raise ZeroSegError(f"{name}: all {len(failed)} cases failed, the first: {failed[0]['error']}")
+
+    run = {
+        "settings": {
+            "protocols": protocols,
+            "text": text if "text" in protocols else None,
+            "half": args.half,
+            "limit": args.limit,
+            "inferer": inferer.settings(),
+            "failed": failed,
+            "versions": versions(),
+        },
+        "backbone": inferer.backbone.describe(),
+    }
+    summary = summarise_groups(rows, run)
+    write_csv(out / "cases.csv", COLUMNS, [row for row in rows if not row["protocol"].startswith("polarity/")])
+    write_json(out / "summary.json", summary)
+    write_text(out / "table.md", markdown_table({name: summary}))
+    cases = {image_case.stem: (image_case, mask_case) for image_case, mask_case in pairs}
+    entries = []
+    for place, row in best_median_worst([row for row in rows if row["protocol"] == shown]):
+        title = f"{name}, {shown}, {place}: {row['case']}, Dice {row['dice']:.3f}"
+        entries.append((title, overlay(load_sample(*cases[row["case"]]), predictions[row["case"]], shown)))
+    contact_html(entries, out / "report.html", title=f"ZeroSeg on {name}: {shown}")
+    contact_sheet(entries, out / "report.png")
+    return summary, entries, len(failed)
+
+
+def evaluate_suite(suite: Path, out: Path, inferer, control, args) -> int:
+    """Evaluate every 2-D set of a folder; returns how many cases and sets failed."""
+    if not suite.is_dir():
+        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
+    sets = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
+    if not sets:
+        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
+    summaries, entries, failures = {}, [], 0
+    for folder in sets:
+        text = args.texts.get(folder.name, args.texts.get(None))
+        try:
+            first = find_cases(folder / "images")[0]
+            if first.kind == "dicom_series" or read_image(first).is_volume:
+                print(f"{folder.name}: skipped, it holds volumes")
+                continue
+            summary, pictures, failed = evaluate_set(
+                folder.name, folder / "images", folder / "masks", out / folder.name, inferer, control, args, text
+            )
+        except ZeroSegError as error:
+            print(f"{folder.name} failed: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        summaries[folder.name] = summary
+        entries += pictures
+        failures += failed
+    if not summaries:
+        raise ZeroSegError(f"{suite}: no set could be evaluated")
+    table = markdown_table(summaries)
+    write_text(out / "table.md", table)
+    write_json(out / "table.json", {"sets": summaries, "mean_dice": mean_over_sets(summaries)})
+    contact_html(entries, out / "report.html", title="ZeroSeg: best, median and worst case of every set")
+    print(table)
+    return failures
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ZeroSegError(message)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        ZeroSegError: an argument is missing, unknown or of a wrong value.
+    """
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of 2-D images")
+    parser.add_argument("--masks", type=Path, help="folder of masks with the images' names")
+    parser.add_argument("--suite", type=Path, help="folder of sets, each with images/ and masks/, instead of the two")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--protocol",
+        default="oracle_union,oracle_single,hungarian,auto,points",
+        help=f"comma-separated, of {', '.join(PROTOCOLS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text", action="append", default=[], help="prompt of the text protocol; for one set of a suite SET=PROMPT"
+    )
+    parser.add_argument("--backbone", default="embedded", help="embedded, a folder, or a hub id (default: embedded)")
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--control", choices=["untrained"], help="run the same pipeline on random weights as well")
+    parser.add_argument("--half", choices=["dev", "test", "all"], default="all", help="fixed halves of every set")
+    parser.add_argument("--limit", type=int, help="evaluate the first N cases only")
+    parser.add_argument(
+        "--select-settings",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of AttentionSegmentationInferer, values as JSON, e.g. affinity=features",
+    )
+    args = parser.parse_args(argv)
+    if (args.suite is None) == (args.images is None) or (args.images is None) != (args.masks is None):
+        raise ZeroSegError("give either --images with --masks, or --suite")
+    args.protocols = list(dict.fromkeys(p.strip() for p in args.protocol.split(",") if p.strip()))
+    unknown = [p for p in args.protocols if p not in PROTOCOLS]
+    if unknown or not args.protocols:
+        raise ZeroSegError(f"unknown protocol {', '.join(unknown)!r}: use {', '.join(PROTOCOLS)}")
+    args.texts = _texts(args.text, args.suite)
+    if "text" in args.protocols and not args.texts:
+        raise ZeroSegError("the protocol text needs a prompt: give --text")
+    if args.limit is not None and args.limit < 1:
+        raise ZeroSegError("--limit must be at least 1")
+    args.settings = _settings(args.select_settings)
+    return args
+
+
+def _texts(given: list[str], suite: Path | None) -> dict[str | None, str]:
+    """Prompt by the name of its set; None: of every other set."""
+    texts = {}
+    for text in given:
+        name, separator, prompt = text.partition("=")
+        if suite is not None and separator:
+            texts[name] = prompt
+        else:
+            texts[None] = text
+    return texts
+
+
+def _settings(pairs: list[str]) -> dict:
+    """NAME=VALUE arguments -> constructor arguments of the inferer."""
+    known = [p for p in inspect.signature(AttentionSegmentationInferer).parameters if p != "backbone"]
+    settings = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or name not in known:
+            raise ZeroSegError(f"--select-settings {pair!r}: give NAME=VALUE with a name of {', '.join(known)}")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
+    """
+    try:
+        args = parse(argv)
+
+        def make(untrained: bool) -> AttentionSegmentationInferer:
+            backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device, untrained=untrained)
+            inferer = AttentionSegmentationInferer(backbone=backbone, **args.settings)
+            inferer.check()
+            return inferer
+
+        inferer, control = make(False), make(True) if args.control else None
+        if args.suite is not None:
+            failures = evaluate_suite(args.suite, args.out, inferer, control, args)
+        else:
+            name, text = args.images.resolve().name, args.texts.get(None)
+            summary, _, failures = evaluate_set(name, args.images, args.masks, args.out, inferer, control, args, text)
+            print(markdown_table({name: summary}))
+    except ZeroSegError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    if failures:
+        print(f"evaluate.py: {failures} failed, see settings.failed in summary.json", file=sys.stderr)
+        return 2
+    print(f"results: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
