@@ -6,7 +6,6 @@ Those that end in ``_click`` see one click; (x, y) is (column, row) in pixels.
 
 from __future__ import annotations
 
-import _path  # noqa: F401
 import numpy as np
 import torch
 from skimage.color import rgb2gray, rgb2lab
@@ -15,6 +14,8 @@ from skimage.graph import cut_threshold, rag_mean_color
 from skimage.measure import label
 from skimage.segmentation import random_walker, slic
 from sklearn.cluster import KMeans
+
+import _path  # noqa: F401
 from zeroseg.attention.prepare import to_three_channels
 
 CLICK_RADIUS = 2  # a click stands for the 5 x 5 pixels around it

@@ -45,7 +45,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import _path  # noqa: F401
 import numpy as np
 import psutil
 import torch
@@ -53,6 +52,8 @@ from skimage.data import immunohistochemistry
 from skimage.transform import resize
 from torch import Tensor
 from tqdm import tqdm
+
+import _path  # noqa: F401
 from train_backbone import build_tokenizer
 from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_attention, label_map, merge_attention
 from zeroseg.attention.merge import anchor_indices

@@ -16,8 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _path import BUNDLE
 from PIL import Image
+
+from _path import BUNDLE
 
 # One click per image, (x, y) in its own pixels ((x, y, z) in the volume): placed by eye on something a person would ask for.
 CLICKS = {

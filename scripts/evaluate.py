@@ -44,15 +44,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import _path  # noqa: F401
 import numpy as np
 import torch
-from baselines import AUTOMATIC, BRIGHT, CLICKS
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from PIL import Image as PILImage
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
+
+import _path  # noqa: F401
+from baselines import AUTOMATIC, BRIGHT, CLICKS
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError

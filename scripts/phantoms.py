@@ -85,7 +85,9 @@ class Canvas:
             return np.zeros((self.size, self.size), np.float32)
         return np.clip(thickness * self.size - ndimage.distance_transform_edt(canvas) + 0.5, 0, 1).astype(np.float32)
 
-    def paint(self, mask: np.ndarray, colour: Colour | float, texture: float = 0.0, scale: float = 0.05, name: str = ""):
+    def paint(
+        self, mask: np.ndarray, colour: Colour | float, texture: float = 0.0, scale: float = 0.05, name: str = ""
+    ):
         """Lay a colour with optional texture over a soft mask; a name records the object's mask and hides what it covers."""
         layer = np.asarray(colour, np.float32) * np.ones(3, np.float32)
         if texture:
@@ -190,7 +192,9 @@ def _mr_brain(rng, size):
     if rng.random() < 0.5:
         a, d = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.75)
         r = rng.uniform(0.04, 0.12)
-        t = c.blob(0.5 + d * (rx - r) * np.cos(a), 0.5 + d * (ry - r) * np.sin(a), r, r * rng.uniform(0.6, 1), 0.35, 0.02)
+        t = c.blob(
+            0.5 + d * (rx - r) * np.cos(a), 0.5 + d * (ry - r) * np.sin(a), r, r * rng.uniform(0.6, 1), 0.35, 0.02
+        )
         c.paint(t * inner, rng.choice([0.15, 0.8, 0.95]), 0.06, 0.04, "brain tumour")
         present.append("brain tumour")
         absent = []
@@ -227,7 +231,14 @@ def _dermoscopy(rng, size):
     if rng.random() < 0.85:
         r = rng.uniform(0.1, 0.4)
         colour = skin * rng.uniform(0.25, 0.8) * np.array([1, rng.uniform(0.65, 0.95), rng.uniform(0.5, 0.95)])
-        m = c.blob(0.5 + rng.normal(0, 0.06), 0.5 + rng.normal(0, 0.06), r, r * rng.uniform(0.65, 1), 0.25, rng.uniform(0.01, 0.08))
+        m = c.blob(
+            0.5 + rng.normal(0, 0.06),
+            0.5 + rng.normal(0, 0.06),
+            r,
+            r * rng.uniform(0.65, 1),
+            0.25,
+            rng.uniform(0.01, 0.08),
+        )
         c.paint(m, tuple(colour), rng.uniform(0.01, 0.08), rng.uniform(0.02, 0.2), "skin lesion")
         for _ in range(rng.integers(0, 4)):
             q = c.blob(0.5 + rng.normal(0, r / 2), 0.5 + rng.normal(0, r / 2), r * 0.4, r * 0.3, 0.4, 0.05) * m
@@ -255,7 +266,13 @@ def _blood_smear(rng, size):
     present, absent = [], ["white blood cell"]
     for x, y, q in _scatter(rng, rng.integers(0, 60), r, 0, 8, whites):
         q *= rng.uniform(0.85, 1.1)
-        c.paint(c.blob(x, y, q, q * rng.uniform(0.85, 1), 0.06), tuple(red * rng.uniform(0.93, 1.05)), 0, 0, "red blood cell")
+        c.paint(
+            c.blob(x, y, q, q * rng.uniform(0.85, 1), 0.06),
+            tuple(red * rng.uniform(0.93, 1.05)),
+            0,
+            0,
+            "red blood cell",
+        )
         c.rgb += 0.12 * c.blob(x, y, q * 0.45, q * 0.45, 0.05, 0.03)[..., None]
     if "red blood cell" in c.masks:
         present.append("red blood cells")
@@ -298,19 +315,28 @@ def _histology(rng, size):
     r = rng.uniform(0.012, 0.045)
     purple = np.array([rng.uniform(0.3, 0.55), rng.uniform(0.2, 0.4), rng.uniform(0.5, 0.7)])
     for x, y, q in _scatter(rng, rng.integers(15, 110), r, 0, 4):
-        c.paint(c.blob(x, y, q, q * rng.uniform(0.5, 1), 0.12), tuple(purple * rng.uniform(0.8, 1.3)), 0.05, 0.01, "nuclei")
+        c.paint(
+            c.blob(x, y, q, q * rng.uniform(0.5, 1), 0.12), tuple(purple * rng.uniform(0.8, 1.3)), 0.05, 0.01, "nuclei"
+        )
     present.append("cell nuclei")
     return Phantom(c.finish(0.02, 0.05, 0.6), _caption(rng, "histology", present), c.masks)
 
 
 def _chest_xray(rng, size):
     c = Canvas(rng, size, rng.uniform(0, 0.15))
-    c.paint(c.axis_ellipse(0.5, 0.62, rng.uniform(0.42, 0.52), rng.uniform(0.55, 0.65), 0.06), rng.uniform(0.5, 0.75), 0.03, 0.1)
+    c.paint(
+        c.axis_ellipse(0.5, 0.62, rng.uniform(0.42, 0.52), rng.uniform(0.55, 0.65), 0.06),
+        rng.uniform(0.5, 0.75),
+        0.03,
+        0.1,
+    )
     lung_level = rng.uniform(0.1, 0.3)
     present, absent = ["lungs"], ["lung opacity", "opacity"]
     lungs = np.zeros((size, size), np.float32)
     for s in (-1, 1):
-        m = c.axis_ellipse(0.5 + s * rng.uniform(0.18, 0.22), 0.48, rng.uniform(0.11, 0.15), rng.uniform(0.26, 0.33), 0.04)
+        m = c.axis_ellipse(
+            0.5 + s * rng.uniform(0.18, 0.22), 0.48, rng.uniform(0.11, 0.15), rng.uniform(0.26, 0.33), 0.04
+        )
         c.paint(m * np.clip((0.76 + 0.03 * s - c.y) * 20, 0, 1), lung_level, 0.03, 0.04, "lungs")
         lungs = np.maximum(lungs, m)
     for k in range(9):
@@ -333,7 +359,13 @@ def _chest_xray(rng, size):
 
 def _pet(rng, size):
     c = Canvas(rng, size, 0.0)
-    c.paint(c.axis_ellipse(0.5, 0.5, rng.uniform(0.3, 0.45), rng.uniform(0.25, 0.4), 0.05), rng.uniform(0.08, 0.25), 0.04, 0.06, "body")
+    c.paint(
+        c.axis_ellipse(0.5, 0.5, rng.uniform(0.3, 0.45), rng.uniform(0.25, 0.4), 0.05),
+        rng.uniform(0.08, 0.25),
+        0.04,
+        0.06,
+        "body",
+    )
     for _ in range(rng.integers(0, 4)):
         c.paint(c.blob(*rng.uniform(0.3, 0.7, 2), 0.06, 0.05, 0.2, 0.04), rng.uniform(0.2, 0.45), 0.03, 0.05, "organ")
     present, absent = ["body"], ["tumour"]
@@ -379,10 +411,14 @@ def _fundus(rng, size):
     c.paint(c.axis_ellipse(ox, oy, 0.065, 0.07, 0.02), (0.98, 0.85, 0.5), 0.02, 0.03, "optic disc")
     vessels = np.zeros((size, size), np.float32)
     for _ in range(rng.integers(6, 14)):
-        vessels = np.maximum(vessels, c.stroke(rng.uniform(0.003, 0.009), 0.6, (ox, oy), rng.uniform(0, 2 * np.pi), 0.6))
+        vessels = np.maximum(
+            vessels, c.stroke(rng.uniform(0.003, 0.009), 0.6, (ox, oy), rng.uniform(0, 2 * np.pi), 0.6)
+        )
     c.rgb *= 1 - 0.5 * (vessels * field)[..., None]
     c.masks["vessels"] = vessels * field > 0.5
-    return Phantom(c.finish(0.012, 0.15, 0.5), _caption(rng, "retinal fundus", ["optic disc", "vessels", "retina"]), c.masks)
+    return Phantom(
+        c.finish(0.012, 0.15, 0.5), _caption(rng, "retinal fundus", ["optic disc", "vessels", "retina"]), c.masks
+    )
 
 
 def _dead_leaves(rng, size):

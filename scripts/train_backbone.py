@@ -31,9 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from phantoms import SCENES, make_phantom
 from PIL import Image
 from tqdm import tqdm
+
+from phantoms import SCENES, make_phantom
 
 ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")
 
@@ -90,7 +91,12 @@ class Corpus:
     """
 
     def __init__(
-        self, folders: list[tuple[Path, Source]], phantoms: int, seed: int, cache: Path | None = None, real_share: float = 0.4
+        self,
+        folders: list[tuple[Path, Source]],
+        phantoms: int,
+        seed: int,
+        cache: Path | None = None,
+        real_share: float = 0.4,
     ):
         self.real: list[list[tuple[np.ndarray, tuple[str, ...]]]] = []  # one list a folder
         self.counts: dict[str, int] = {}
@@ -102,7 +108,9 @@ class Corpus:
                 names = [p for p in names if p.stem in allowed]
             self.counts[folder.name] = len(names)
             self.real.append([(np.asarray(Image.open(p).convert("RGB")), source.captions) for p in names])
-        self.phantoms = [(image, (caption,)) for image, caption in zip(*draw_phantoms(phantoms, seed, cache), strict=True)]
+        self.phantoms = [
+            (image, (caption,)) for image, caption in zip(*draw_phantoms(phantoms, seed, cache), strict=True)
+        ]
         self.real_share = real_share if self.real else 0.0
 
     def captions(self) -> list[str]:
@@ -141,7 +149,10 @@ def build_tokenizer(captions: list[str], folder: Path):
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pattern, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -323,7 +334,10 @@ class Trainer:
         if "latent_std" not in self.state:
             rng = np.random.default_rng(args.seed)
             with torch.no_grad():
-                means = [self.vae.encode(self.corpus.batch(rng, 16, 128)[0].to(self.device)).latent_dist.mean for _ in range(8)]
+                means = [
+                    self.vae.encode(self.corpus.batch(rng, 16, 128)[0].to(self.device)).latent_dist.mean
+                    for _ in range(8)
+                ]
             self.state["latent_std"] = float(torch.cat(means).std())
         self.vae.register_to_config(scaling_factor=1 / self.state["latent_std"])
         self.vae.requires_grad_(False).eval()
@@ -371,7 +385,9 @@ class Trainer:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to(torch.device("cpu"), torch.float16).save_pretrained(out, safe_serialization=True, max_shard_size="20MB")
+        pipeline.to(torch.device("cpu"), torch.float16).save_pretrained(
+            out, safe_serialization=True, max_shard_size="20MB"
+        )
         summary = {
             "command": "python scripts/train_backbone.py " + " ".join(self.args.command),
             "date": datetime.date.today().isoformat(),
@@ -412,14 +428,18 @@ def find_folders(args: argparse.Namespace) -> list[tuple[Path, Source]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", action="append", default=[], help="folder holding the known sets (see SOURCES)")
-    parser.add_argument("--extra", action="append", default=[], metavar="FOLDER=CAPTION", help="a further folder of images")
+    parser.add_argument(
+        "--extra", action="append", default=[], metavar="FOLDER=CAPTION", help="a further folder of images"
+    )
     parser.add_argument("--phantoms", type=int, default=4000, help="phantoms to draw (default 4000)")
     parser.add_argument("--work", default="runs/attention", help="checkpoints; the run resumes from here")
     parser.add_argument("--out", default="bundle/models/attention", help="diffusers folder to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="training side in px; batches of twice that are mixed in")
-    parser.add_argument("--large-share", type=float, default=0.2, help="share of batches at twice the size, a quarter the count")
+    parser.add_argument(
+        "--large-share", type=float, default=0.2, help="share of batches at twice the size, a quarter the count"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--unet-steps", type=int, default=5000)

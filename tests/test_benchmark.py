@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, threshold_for
 from zeroseg.attention import aggregate_self_attention, merge_attention
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
 from zeroseg.errors import WeightsError, ZeroSegError
 

@@ -4,6 +4,8 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
+
 from evaluate import (
     PROTOCOLS,
     Sample,
@@ -22,7 +24,6 @@ from evaluate import (
     score,
     summarise_groups,
 )
-from PIL import Image
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from zeroseg.attention.features import feature_affinity
 
 

@@ -4,6 +4,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+
 from bad_inputs import bundled, ct_series, dicom, gray, write_odd
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, find_cases, read_image, write_dicom_seg

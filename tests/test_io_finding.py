@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import pytest
+
 from bad_inputs import bundled, ct_series, dicom, write_bad, write_odd
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import find_cases

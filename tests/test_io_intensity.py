@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from bad_inputs import bundled, gray, write_odd
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, find_cases, read_image, to_unit_range

@@ -9,6 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+
 import zeroseg
 from bad_inputs import bundled
 from zeroseg.io import file_sha256, versions, write_json

@@ -6,8 +6,9 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
-from bad_inputs import bundled, color, gray
 from PIL import Image as PILImage
+
+from bad_inputs import bundled, color, gray
 from zeroseg.io import (
     contact_html,
     contact_sheet,

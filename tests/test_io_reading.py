@@ -9,8 +9,9 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import skimage
-from bad_inputs import BAD, OBLIQUE, bundled, color, ct_series, dicom, gray, write_bad, write_nifti, write_odd
 from PIL import Image as PILImage
+
+from bad_inputs import BAD, OBLIQUE, bundled, color, ct_series, dicom, gray, write_bad, write_nifti, write_odd
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import find_cases, read_image
 

@@ -6,10 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from bad_inputs import OBLIQUE, bundled, ct_series, gray, write_nifti, write_odd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
+
+from bad_inputs import OBLIQUE, bundled, ct_series, gray, write_nifti, write_odd
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, atomic_path, find_cases, read_image, write_confidence, write_mask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from zeroseg.attention import aggregate_self_attention, label_map, merge_attention, symmetric_kl
 from zeroseg.attention.merge import anchor_indices
 
@@ -140,7 +141,13 @@ def test_label_map_sizes_ties_and_many_proposals():
 
 @pytest.mark.parametrize(
     ("attention", "thresholds", "grid"),
-    [(torch.ones(4, 5), [1], 2), (torch.ones(5, 5), [1], 2), (torch.ones(4, 4), [], 2), (torch.ones(4, 4), [0], 2), (torch.ones(4, 4), [1], 0)],
+    [
+        (torch.ones(4, 5), [1], 2),
+        (torch.ones(5, 5), [1], 2),
+        (torch.ones(4, 4), [], 2),
+        (torch.ones(4, 4), [0], 2),
+        (torch.ones(4, 4), [1], 0),
+    ],
 )
 def test_merge_refuses(attention, thresholds, grid):
     with pytest.raises(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from zeroseg.attention.prepare import prepare, stretch, to_three_channels
 from zeroseg.errors import ZeroSegError
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from zeroseg.backbones import record, recording
 
 
@@ -49,7 +50,7 @@ def forward(unet, *given) -> torch.Tensor:
 
 @torch.inference_mode()
 def explicit_attention(unet, layer_name: str) -> dict[int, torch.Tensor]:
-    """Mean over heads and layers of softmax(q k^T / sqrt(d)) by diffusers' own ``get_attention_scores``; plain forward."""
+    """Mean over heads and layers of the scores that diffusers' own ``get_attention_scores`` gives in a plain pass."""
     found: dict[int, list[torch.Tensor]] = {}
 
     def look(attn, args, kwargs):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+
 from zeroseg.attention.refine import guided_filter, upsample
 
 
@@ -59,7 +60,8 @@ def test_edges_follow_the_image(disc):
     assert plain.shape == guided.shape == (96, 96)
     assert dice(guided > 0.5, mask) > dice(plain > 0.5, mask) + 0.03
     edge = ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask)
-    assert np.abs(np.gradient(guided.numpy())[0])[edge].mean() > 1.5 * np.abs(np.gradient(plain.numpy())[0])[edge].mean()
+    steps_guided, steps_plain = (np.abs(np.gradient(m.numpy())[0])[edge].mean() for m in (guided, plain))
+    assert steps_guided > 1.5 * steps_plain
 
 
 def test_a_flat_image_only_smooths():
@@ -90,7 +92,7 @@ def test_errors():
         guided_filter(image, maps[:, :4], 1)
     with pytest.raises(ValueError, match="of the maps' size"):
         guided_filter(image[:1], maps, 1)
-    with pytest.raises(ValueError, match="radius must be at least 1"):
+    with pytest.raises(ValueError, match=r"radius .*at least 1 pixel, not 0"):
         guided_filter(image, maps, 0)
     with pytest.raises(ValueError, match="unknown refine 'sharp'"):
         upsample(maps, image, "sharp")

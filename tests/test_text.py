@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from zeroseg.attention.text import check_prompt, text_evidence
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError

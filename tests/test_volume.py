@@ -1,4 +1,4 @@
-"""Volumes slice by slice: geometry and prompts with a real backbone, following with a 2-D rule that is known exactly."""
+"""Volumes: geometry and prompts with a real backbone, following with a 2-D rule that is known exactly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+
 from zeroseg.attention import AttentionSegmentationInferer, Segmentation
 from zeroseg.errors import ZeroSegError
 

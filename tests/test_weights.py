@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+
 from zeroseg.backbones import file_sha256, fingerprint, resolve_folder, verify_sums, weights
 from zeroseg.errors import WeightsError, ZeroSegError
 

@@ -185,7 +185,9 @@ class CaseRunner:
                     tqdm.write(f"zeroseg: {case.stem}: {entry['reason']}", file=sys.stderr)
         finally:
             write_json(output / "manifest.json", manifest)
-        print(f"{len(cases) - failed} of {len(cases)} cases segmented; masks, overlays and manifest.json are in {output}")
+        print(
+            f"{len(cases) - failed} of {len(cases)} cases segmented; masks, overlays and manifest.json are in {output}"
+        )
         return failed
 
     def _case(self, case: Case, prompt: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -212,7 +214,10 @@ class CaseRunner:
                 absent=result.absent,
                 scores=[round(s, 4) for s in result.scores],
                 details=result.details,
-                seconds={**{k: round(v, 4) for k, v in result.seconds.items()}, "total": round(time.perf_counter() - started, 4)},
+                seconds={
+                    **{k: round(v, 4) for k, v in result.seconds.items()},
+                    "total": round(time.perf_counter() - started, 4),
+                },
             )
         except ZeroSegError as error:
             entry["reason"] = str(error)

@@ -16,7 +16,7 @@ from torch import Tensor
 from zeroseg.attention import select as rules
 from zeroseg.attention.aggregate import aggregate_self_attention, grid_side
 from zeroseg.attention.features import feature_affinity
-from zeroseg.attention.merge import merge_attention, merge_to
+from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
 from zeroseg.attention.refine import upsample
 from zeroseg.attention.segmentation import Segmentation
@@ -46,11 +46,19 @@ class EncodedImage:
     attention: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
     _proposals: tuple[Tensor, list[float]] | None = None
+    _distance: KLDistance | None = None
 
     @property
     def side(self) -> int:
         """Tokens along a side of the attention grid."""
         return grid_side(self.attention.shape[0])
+
+    @property
+    def distance(self) -> KLDistance:
+        """Distances to the tokens' attention maps, whose logarithms are taken on first use and kept."""
+        if self._distance is None:
+            self._distance = KLDistance(self.attention)
+        return self._distance
 
 
 @contextmanager
@@ -85,6 +93,8 @@ class AttentionSegmentationInferer(Inferer):
         resolution: side in pixels the image is resized to; default the backbone's own. A multiple of ``size_multiple``.
         timestep: noise level the UNet is told, 0..999.
         noise_draws: 0 passes the clean latent once; n > 0 averages n noised passes.
+        assign: to which segment a token goes: ``nearest``, the one whose map its own map is closest to (DiffSeg's
+            K-means refinement, one step), or ``argmax``, the one that attends to it most (DiffSeg's NMS).
         affinity: ``attention`` (ADZUS), ``features`` of the decoder, or ``both``.
         refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
@@ -104,6 +114,7 @@ class AttentionSegmentationInferer(Inferer):
         resolution: int | None = None,
         timestep: int = 300,
         noise_draws: int = 0,
+        assign: str = "nearest",
         affinity: str = "attention",
         refine: str = "guided",
         slice_axis: int = -1,
@@ -121,6 +132,7 @@ class AttentionSegmentationInferer(Inferer):
         self.resolution = resolution
         self.timestep = timestep
         self.noise_draws = noise_draws
+        self.assign = assign
         self.affinity = affinity
         self.refine = refine
         self.slice_axis = slice_axis
@@ -143,11 +155,14 @@ class AttentionSegmentationInferer(Inferer):
         """
         _choice("select", self.select, (*SELECTS, None))
         _choice("affinity", self.affinity, AFFINITIES)
+        _choice("assign", self.assign, ("nearest", "argmax"))
         _choice("refine", self.refine, ("guided", "none"))
         if self.thresholds != "auto":
             values = self.thresholds if isinstance(self.thresholds, (list, tuple)) else ()
             if not values or not all(isinstance(t, (int, float)) and 0 < t < float("inf") for t in values):
-                raise ZeroSegError("thresholds must be auto, or positive numbers, one per iteration, e.g. [1.0, 1.0, 1.0]")
+                raise ZeroSegError(
+                    "thresholds must be auto, or positive numbers, one per iteration, e.g. [1.0, 1.0, 1.0]"
+                )
         if not isinstance(self.max_segments, int) or not 1 <= self.max_segments <= 255:
             raise ZeroSegError(f"max_segments must be a whole number from 1 to 255, not {self.max_segments!r}")
         if self.slice_axis not in range(-3, 3):
@@ -155,12 +170,18 @@ class AttentionSegmentationInferer(Inferer):
         if not isinstance(self.grid, int) or self.grid < 1:
             raise ZeroSegError(f"grid must be a positive number of anchors a side, not {self.grid!r}")
         if not isinstance(self.noise_draws, int) or self.noise_draws < 0:
-            raise ZeroSegError(f"noise_draws must be 0 (clean latent) or a positive number of draws, not {self.noise_draws!r}")
+            raise ZeroSegError(
+                f"noise_draws must be 0 (clean latent) or a positive number of draws, not {self.noise_draws!r}"
+            )
         self.backbone.load()
         self.backbone.check_timestep(self.timestep)
         step = self.backbone.size_multiple
-        if self.resolution is not None and (not isinstance(self.resolution, int) or self.resolution % step or self.resolution <= 0):
-            raise ZeroSegError(f"resolution must be a positive multiple of {step} pixels for this backbone, not {self.resolution!r}")
+        if self.resolution is not None and (
+            not isinstance(self.resolution, int) or self.resolution % step or self.resolution <= 0
+        ):
+            raise ZeroSegError(
+                f"resolution must be a positive multiple of {step} pixels for this backbone, not {self.resolution!r}"
+            )
 
     # One image ---------------------------------------------------------------------------------------------------------
 
@@ -252,9 +273,12 @@ class AttentionSegmentationInferer(Inferer):
         """(K, N) merged object proposals of an encoded image and the thresholds taken; computed once and kept with it."""
         if encoded._proposals is None:
             if self.thresholds == "auto":
-                encoded._proposals = merge_to(encoded.attention, self.max_segments, self.grid)
+                encoded._proposals = merge_to(encoded.distance, self.max_segments, self.grid)
             else:
-                encoded._proposals = merge_attention(encoded.attention, self.thresholds, self.grid), list(self.thresholds)
+                encoded._proposals = (
+                    merge_attention(encoded.attention, self.thresholds, self.grid),
+                    list(self.thresholds),
+                )
         return encoded._proposals
 
     def _segments(self, encoded: EncodedImage, seconds: dict[str, float]) -> Segmentation:
@@ -262,8 +286,12 @@ class AttentionSegmentationInferer(Inferer):
             proposals, thresholds = self.proposals(encoded)
         side = encoded.side
         with _timed(seconds, "select"):
-            posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
-            salience = rules.frame_relevance(encoded.attention, rules.border_tokens(side).to(proposals.device))
+            if self.assign == "nearest":
+                distance = encoded.distance(proposals)
+                posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
+            else:
+                posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
+            salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
             owner = posterior.argmax(0)
         with _timed(seconds, "refine"):
             posterior = upsample(posterior.view(-1, side, side), encoded.image, self.refine).clamp(0, 1)
@@ -273,7 +301,7 @@ class AttentionSegmentationInferer(Inferer):
             confidence = margin.clamp(0, 1).cpu().numpy()
         present = [k for k in range(len(proposals)) if (labels == k).any()]
         objectness = {k: float(salience[owner == k].mean()) if (owner == k).any() else 0.0 for k in present}
-        ranked = sorted(present, key=lambda k: -objectness[k])[: 255]
+        ranked = sorted(present, key=lambda k: -objectness[k])[:255]
         table = np.zeros(len(proposals), np.uint8)
         table[ranked] = np.arange(1, len(ranked) + 1)
         details = {
@@ -288,16 +316,18 @@ class AttentionSegmentationInferer(Inferer):
         with _timed(seconds, "select"):
             wanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if k]
             unwanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if not k]
-            maps = [rules.click_relevance(encoded.attention, wanted)]
+            maps = [rules.click_relevance(encoded.distance, wanted)]
             if unwanted:
-                maps.append(rules.click_relevance(encoded.attention, unwanted))
+                maps.append(rules.click_relevance(encoded.distance, unwanted))
         seeds = [self._pixel(encoded, c) for c, k in zip(clicks, kinds, strict=True) if k]
         allowed = self._inside(encoded, corners)
         with _timed(seconds, "refine"):
             full = upsample(torch.stack(maps).view(-1, side, side), encoded.image, self.refine).cpu().numpy()
         if unwanted:
             allowed = (full[0] > full[1]) & (True if allowed is None else allowed)
-            for c, k in zip(clicks, kinds, strict=True):  # the guided filter may blur a click away; the user's word stands
+            for c, k in zip(
+                clicks, kinds, strict=True
+            ):  # the guided filter may blur a click away; the user's word stands
                 allowed[self._pixel(encoded, c)] = bool(k)
         return self._cut(encoded, full[0], "points", seconds, seeds, allowed)
 
@@ -307,7 +337,7 @@ class AttentionSegmentationInferer(Inferer):
             frame = rules.border_tokens(side)
             if corners is not None:
                 frame = self._surroundings(corners, encoded.size, side)
-            relevance = rules.frame_relevance(encoded.attention, frame.to(encoded.attention.device))
+            relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device))
         with _timed(seconds, "refine"):
             full = upsample(relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
@@ -315,7 +345,9 @@ class AttentionSegmentationInferer(Inferer):
     def _text(self, encoded, text: str, seconds) -> Segmentation:
         side = encoded.side
         with _timed(seconds, "text"):
-            evidence = text_evidence(self.backbone, encoded.latents, encoded.attention, text, timestep=self.timestep, seed=self.seed)
+            evidence = text_evidence(
+                self.backbone, encoded.latents, encoded.attention, text, timestep=self.timestep, seed=self.seed
+            )
         details = {"text": text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
         if evidence.gain <= 0 or evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)
@@ -340,9 +372,9 @@ class AttentionSegmentationInferer(Inferer):
 
     def _finish(self, encoded, labels, confidence, rule, seconds, details) -> Segmentation:
         if labels.shape != encoded.size:
-            enlarge = lambda a, kind: F.interpolate(torch.from_numpy(a)[None, None].float(), encoded.size, mode=kind)[0, 0].numpy()  # noqa: E731
-            labels = enlarge(labels, "nearest-exact").astype(np.uint8)
-            confidence = enlarge(confidence, "bilinear").astype(np.float32)
+            full = torch.from_numpy(np.stack([labels.astype(np.float32), confidence]))[:, None]
+            labels = F.interpolate(full[:1], encoded.size, mode="nearest-exact")[0, 0].numpy().astype(np.uint8)
+            confidence = F.interpolate(full[1:], encoded.size, mode="bilinear")[0, 0].numpy()
         scores = [float(confidence[labels == k].mean()) for k in range(1, int(labels.max()) + 1)]
         return Segmentation(labels, confidence.astype(np.float32), scores, rule, False, seconds, details)
 
@@ -448,7 +480,9 @@ def resolve_select(select: str | None, points, box, text) -> str:
     """
     _choice("select", select, (*SELECTS, None))
     if select is None:
-        select = "points" if points is not None else "box" if box is not None else "text" if text is not None else "auto"
+        select = (
+            "points" if points is not None else "box" if box is not None else "text" if text is not None else "auto"
+        )
     needs = {"points": points, "box": box, "text": text}
     if select in needs and needs[select] is None:
         raise ZeroSegError(f"select {select} needs a prompt: give {select} for this image")
@@ -506,5 +540,7 @@ def check_box(box, extent: Sequence[int]) -> tuple[float, ...] | None:
         raise ZeroSegError(f"box must be {2 * n} numbers (low corner, high corner), not {len(corners)}")
     low, high = corners[:n], corners[n:]
     if not all(0 <= a < b <= size - 1 for a, b, size in zip(low, high, extent, strict=True)):
-        raise ZeroSegError(f"box {list(corners)} must have its low corner first and lie inside the image of {list(extent)} pixels")
+        raise ZeroSegError(
+            f"box {list(corners)} must have its low corner first and lie inside the image of {list(extent)} pixels"
+        )
     return corners

@@ -13,11 +13,35 @@ from zeroseg.attention.aggregate import grid_side
 _TINY = torch.finfo(torch.float32).tiny  # log stays finite where a probability underflowed to zero
 
 
-def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences, for all pairs of distributions.
+class KLDistance:
+    """Symmetric KL divergence to a fixed set of distributions, whose logarithms are taken once.
 
     D(p, q) = 1/2 sum_i (p_i - q_i)(log p_i - log q_i), expanded so that all pairs cost two matrix products and two
     entropies instead of an (A, B, N) broadcast.
+
+    Args:
+        maps: (B, N) distributions q.
+    """
+
+    def __init__(self, maps: Tensor):
+        self.maps = maps.float()
+        self._log = self.maps.clamp_min(_TINY).log_()
+        # Any common shift of all logarithms cancels in the formula as long as rows sum alike; taking out their mean makes
+        # the terms small, so that float32 products keep the digits that a threshold is compared with.
+        self._shift = self._log.mean(0, keepdim=True)
+        self._log.sub_(self._shift)
+        self._own = (self.maps * self._log).sum(-1)
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """(A, N) distributions -> (A, B) float32, non-negative, in nats."""
+        p = p.float()
+        log_p = p.clamp_min(_TINY).log_().sub_(self._shift)
+        cross = torch.addmm(p @ self._log.T, log_p, self.maps.T)
+        return (((p * log_p).sum(-1)[:, None] + self._own[None, :] - cross) / 2).clamp_min_(0)
+
+
+def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Half the sum of both Kullback-Leibler divergences, for all pairs of distributions; see ``KLDistance``.
 
     Args:
         p: (A, N) distributions.
@@ -26,15 +50,7 @@ def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         (A, B) float32, non-negative, in nats.
     """
-    p, q = p.float(), q.float()
-    log_p, log_q = p.clamp_min(_TINY).log(), q.clamp_min(_TINY).log()
-    # Any common shift of both logarithms cancels in the formula as long as rows sum alike; taking out their mean makes
-    # the terms small, so that float32 products keep the digits that a threshold is compared with.
-    shift = log_q.mean(0, keepdim=True)
-    log_p, log_q = log_p.sub_(shift), log_q.sub_(shift)
-    own_p, own_q = (p * log_p).sum(-1), (q * log_q).sum(-1)
-    cross = torch.addmm(p @ log_q.T, log_p, q.T)
-    return ((own_p[:, None] + own_q[None, :] - cross) / 2).clamp_min_(0)
+    return KLDistance(q)(p)
 
 
 def anchor_indices(side: int, grid: int) -> Tensor:
@@ -80,13 +96,15 @@ def merge_attention(attention: Tensor, thresholds: Sequence[float], grid: int = 
     if not len(thresholds) or min(thresholds) <= 0:
         msg = f"thresholds must be a non-empty sequence of positive numbers, not {thresholds!r}"
         raise ValueError(msg)
-    proposals = _merge_around_anchors(attention.float(), thresholds[0], grid)
+    attention = attention.float()
+    anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
+    proposals = _merge_around(anchors, attention, symmetric_kl(attention[anchors], attention) < thresholds[0])
     for threshold in thresholds[1:]:
         proposals = _merge_greedily(proposals, symmetric_kl(proposals, proposals) < threshold)
     return proposals
 
 
-def merge_to(attention: Tensor, max_segments: int, grid: int = 16) -> tuple[Tensor, list[float]]:
+def merge_to(distance: KLDistance, max_segments: int, grid: int = 16) -> tuple[Tensor, list[float]]:
     """``merge_attention`` with thresholds found for this image: the smallest that leave at most ``max_segments``.
 
     How far apart attention maps lie depends on the model, the image and the timestep, by orders of magnitude, which is
@@ -94,7 +112,7 @@ def merge_to(attention: Tensor, max_segments: int, grid: int = 16) -> tuple[Tens
     second is found by bisection; there are two iterations.
 
     Args:
-        attention: (N, N), as in ``merge_attention``.
+        distance: to the (N, N) aggregated attention of ``merge_attention``.
         max_segments: most proposals wanted, at least 1.
         grid: anchors along a side.
 
@@ -107,29 +125,29 @@ def merge_to(attention: Tensor, max_segments: int, grid: int = 16) -> tuple[Tens
     if max_segments < 1:
         msg = f"max_segments must be at least 1, not {max_segments}"
         raise ValueError(msg)
-    attention = attention.float()
+    attention = distance.maps
     anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
-    first = float(symmetric_kl(attention[anchors], attention[anchors]).quantile(FIRST_QUANTILE).clamp_min(_TINY))
-    proposals = _merge_around_anchors(attention, first, grid)
-    distance = symmetric_kl(proposals, proposals)
-    levels = distance.flatten().sort().values
+    to_all = distance(attention[anchors])
+    first = float(to_all[:, anchors].quantile(FIRST_QUANTILE).clamp_min(_TINY))
+    proposals = _merge_around(anchors, attention, to_all < first)
+    apart = symmetric_kl(proposals, proposals)
+    levels = apart.flatten().sort().values
     low, high = 0, len(levels) - 1  # the highest distance merges everything, so the invariant holds: high is enough
     while high - low > 1:
         middle = (low + high) // 2
-        if len(_greedy_groups(distance <= levels[middle])) <= max_segments:
+        if len(_greedy_groups(apart <= levels[middle])) <= max_segments:
             high = middle
         else:
             low = middle
-    return _merge_greedily(proposals, distance <= levels[high]), [first, float(levels[high])]
+    return _merge_greedily(proposals, apart <= levels[high]), [first, float(levels[high])]
 
 
 FIRST_QUANTILE = 0.05
 """Share of the distances between anchors that counts as "the same" in the first iteration of ``merge_to``."""
 
 
-def _merge_around_anchors(attention: Tensor, threshold: float, grid: int) -> Tensor:
-    anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
-    near = (symmetric_kl(attention[anchors], attention) < threshold).float()
+def _merge_around(anchors: Tensor, attention: Tensor, near: Tensor) -> Tensor:
+    near = near.float()
     near[torch.arange(len(anchors)), anchors] = 1  # a map agrees with itself, whatever the rounding
     return (near @ attention) / near.sum(1, keepdim=True)
 

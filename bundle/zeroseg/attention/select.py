@@ -12,10 +12,12 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from zeroseg.attention.merge import symmetric_kl
+from zeroseg.attention.merge import KLDistance
 
 MIN_AREA, MAX_AREA = 0.0005, 0.95
 """Share of the image an object may cover; beyond it a cut is no candidate."""
+FRAME_TOKENS = 64
+"""About so many tokens of the frame are compared with; more do not move a quantile."""
 JUDGED_SIZE = 256
 """Pixels a side at which thresholds are compared."""
 EDGE_SCALE = 3 / 256
@@ -30,23 +32,23 @@ def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
     return row * side + column
 
 
-def click_relevance(attention: Tensor, tokens: list[int]) -> Tensor:
+def click_relevance(distance: KLDistance, tokens: list[int]) -> Tensor:
     """How alike every token's attention is to that of the clicked ones: exp(-D / mean D), the best over the clicks.
 
     How far maps lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
 
     Args:
-        attention: (N, N) aggregated attention.
+        distance: to the (N, N) aggregated attention of the image.
         tokens: indices of the clicked tokens.
 
     Returns:
         (N,) in [0, 1]; 1 at a clicked token.
     """
-    distance = symmetric_kl(attention[tokens], attention)
-    return torch.exp(-distance / distance.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
+    away = distance(distance.maps[tokens])
+    return torch.exp(-away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
 
 
-def frame_relevance(attention: Tensor, frame: Tensor, share: float = 0.25) -> Tensor:
+def frame_relevance(distance: KLDistance, frame: Tensor, share: float = 0.25) -> Tensor:
     """How unlike the frame every token's attention is: the boundary prior of salient-object detection (Wei et al. 2012).
 
     Relevance is the ``share`` quantile of a token's distances to the frame's tokens. A token that resembles a quarter of the
@@ -54,16 +56,18 @@ def frame_relevance(attention: Tensor, frame: Tensor, share: float = 0.25) -> Te
     the frame and still stand out.
 
     Args:
-        attention: (N, N) aggregated attention.
+        distance: to the (N, N) aggregated attention of the image.
         frame: (N,) bool, the tokens taken for background.
         share: in (0, 1).
 
     Returns:
         (N,) in [0, 1], scaled so that the lowest is 0 and the highest 1.
     """
-    distance = symmetric_kl(attention[frame], attention).quantile(share, dim=0)
-    distance = distance - distance.min()
-    return distance / distance.max().clamp_min(1e-12)
+    tokens = frame.nonzero().flatten()
+    tokens = tokens[:: max(1, len(tokens) // FRAME_TOKENS)]
+    away = distance(distance.maps[tokens]).quantile(share, dim=0)
+    away = away - away.min()
+    return away / away.max().clamp_min(1e-12)
 
 
 def border_tokens(side: int, width: int = 1) -> Tensor:

@@ -148,5 +148,8 @@ class _Walk:
     def _result(self, rule: str, absent: bool, details: dict) -> Segmentation:
         labels = np.ascontiguousarray(np.moveaxis(self.labels, 0, self.axis))
         confidence = np.ascontiguousarray(np.moveaxis(self.confidence, 0, self.axis))
-        scores = [float(confidence[labels == k].mean()) if (labels == k).any() else 0.0 for k in range(1, int(labels.max()) + 1)]
+        scores = [
+            float(confidence[labels == k].mean()) if (labels == k).any() else 0.0
+            for k in range(1, int(labels.max()) + 1)
+        ]
         return Segmentation(labels, confidence, scores, rule, absent, self.seconds, details)

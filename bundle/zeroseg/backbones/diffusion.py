@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.backbones.recording import Recording, record
 from zeroseg.backbones.weights import EMBEDDED, fingerprint, resolve_folder, verify_sums
+from zeroseg.errors import WeightsError, ZeroSegError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,7 +107,12 @@ class StableDiffusionBackbone:
         _quiet()
 
         def network(kind, subfolder):
-            options = {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True, "torch_dtype": self.dtype}
+            options = {
+                "subfolder": subfolder,
+                "local_files_only": True,
+                "use_safetensors": True,
+                "torch_dtype": self.dtype,
+            }
             if kind is not CLIPTextModel:
                 options["low_cpu_mem_usage"] = False  # its saving needs accelerate, which nothing else here does
             names = [p.name for p in (folder / subfolder).glob("*.safetensors")]
@@ -132,7 +137,7 @@ class StableDiffusionBackbone:
                 self.unet = UNet2DConditionModel.from_config(self.unet.config)
                 self.text_encoder = CLIPTextModel(self.text_encoder.config)
             for net in (self.unet, self.text_encoder):
-                net.to(self.device, self.dtype).eval().requires_grad_(False)
+                net.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self.alphas = self.schedule.alphas_cumprod.to(self.device, torch.float32)
         self.name = self.source if self.source == EMBEDDED else folder.name
 
