@@ -6,9 +6,8 @@
     python scripts/benchmark.py --json figures.json --reference
 
 Nothing is downloaded: without --backbone the networks are built from Stable Diffusion 1.5's configuration (UNet 860 M,
-VAE 84 M, text encoder 123 M parameters). Their time does not depend on the weights. Random attention is nearly uniform,
-though: all of it would merge into one segment, and the stages after it would look cheaper than they are. So with random
-weights the merging thresholds are set to where about 20 segments remain; their number is in the table.
+VAE 84 M, text encoder 123 M parameters). Their time does not depend on the weights; the merging thresholds are found per
+image, so that random attention, too, is merged into several segments. Their number is in the table.
 
 Every stage is timed --repeat times after one warm-up round, all stages in turn in every round; medians are reported:
   vae_encode_s       image -> latent
@@ -56,15 +55,13 @@ from tqdm import tqdm
 import _path  # noqa: F401
 from train_backbone import build_tokenizer
 from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_attention, label_map, merge_attention
-from zeroseg.attention.merge import anchor_indices
+from zeroseg.attention.merge import anchor_indices, merge_to
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import versions, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MB = 1e6
-ITERATIONS = 3  # of the merge, as DiffSeg
-SEGMENTS = 20  # a usual number for a picture
 
 
 class RandomStableDiffusion(StableDiffusionBackbone):
@@ -184,18 +181,6 @@ def broadcast_merge(attention: Tensor, thresholds: list[float], grid: int) -> Te
     return proposals
 
 
-def threshold_for(segments: int, attention: Tensor, grid: int, iterations: int) -> float:
-    """The merging threshold, the same in every iteration, that leaves about this many segments (bisection)."""
-    low, high = 1e-6, 1e2
-    for _ in range(16):
-        threshold = (low * high) ** 0.5
-        left = len(merge_attention(attention, [threshold] * iterations, grid))
-        if abs(left - segments) <= 0.2 * segments:
-            break
-        low, high = (threshold, high) if left > segments else (low, threshold)
-    return threshold
-
-
 def sample_image(size: int) -> np.ndarray:
     """A stained tissue section that comes with scikit-image, (3, size, size) float32 in [0, 1]."""
     return resize(immunohistochemistry(), (size, size), anti_aliasing=True).transpose(2, 0, 1).astype(np.float32)
@@ -224,11 +209,9 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
     square = torch.from_numpy(image)[None]
     click = [[size // 2, size // 2]]
     seconds = defaultdict(list)
-    thresholds = inferer.thresholds
-    if thresholds is None or not backbone.weights:  # a fixed threshold says nothing about random attention
-        attention = inferer.encode(image).attention
-        thresholds = (threshold_for(SEGMENTS, attention, inferer.grid, ITERATIONS),) * ITERATIONS
-        inferer.thresholds = inferer.thresholds and thresholds
+    # Thresholds that suit this attention, whatever the weights: the inferer's own two, the second one twice.
+    first, second = merge_to(inferer.encode(image).distance, inferer.max_segments, inferer.grid)[1]
+    thresholds = [first, second, second]
 
     def stage(name: str, function: Callable):
         result, spent = timed(function, device)

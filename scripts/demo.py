@@ -22,12 +22,12 @@ from _path import BUNDLE
 
 # One click per image, (x, y) in its own pixels ((x, y, z) in the volume): placed by eye on something a person would ask for.
 CLICKS = {
-    "cell": [[390, 150]],
+    "cell": [[414, 377]],
     "ihc": [[215, 238]],
     "microaneurysms": [[51, 51]],
-    "retina": [[1180, 700]],
+    "retina": [[244, 644]],
     "CT_small": [[64, 64]],
-    "MR_small": [[32, 32]],
+    "MR_small": [[53, 57]],
     "anatomical": [[16, 20, 12]],
 }
 
@@ -70,11 +70,11 @@ def main() -> None:
 
     entries = [
         (f"{stem}: {mode}", Image.open(output / mode / f"{stem}_overlay.png").convert("RGB"))
-        for stem in CLICKS
         for mode in ("segments", "auto", "points")
+        for stem in CLICKS
         if (output / mode / f"{stem}_overlay.png").is_file()
     ]
-    contact_sheet(entries, output / "index.png")
+    contact_sheet(entries, output / "index.png", columns=len(CLICKS))
     contact_html(entries, output / "index.html", title="ZeroSeg demo")
     print(f"\nlook at {output / 'index.html'} or {output / 'index.png'}")
 

@@ -83,6 +83,16 @@ def draw_phantoms(count: int, seed: int, cache: Path | None) -> tuple[np.ndarray
     return images, captions
 
 
+def shorten(caption: str, rng: np.random.Generator) -> str:
+    """Now and then only what is present, or one thing of it: people prompt with "liver", not with whole captions."""
+    _, found, things = caption.partition(" with ")
+    present = [t for t in things.split(", ") if not t.startswith("no ")]
+    draw = rng.random()
+    if not found or draw > 0.4:
+        return caption
+    return ", ".join(present) if draw < 0.15 else str(present[rng.integers(len(present))])
+
+
 class Corpus:
     """Every training image in memory as uint8, with its captions; draws augmented batches.
 
@@ -132,7 +142,7 @@ class Corpus:
             out = np.clip((out - low) / max(high - low, 1e-3), 0, 1)
         if rng.random() < 0.5:
             out = np.clip(out, 1e-4, 1) ** rng.uniform(0.7, 1.4) * rng.uniform(0.85, 1.1, 3)
-        return np.clip(out, 0, 1), str(captions[rng.integers(len(captions))])
+        return np.clip(out, 0, 1), shorten(str(captions[rng.integers(len(captions))]), rng)
 
     def batch(self, rng: np.random.Generator, count: int, size: int) -> tuple[torch.Tensor, list[str]]:
         """(count, 3, size, size) float32 in [-1, 1] and the captions."""

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, threshold_for
+from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image
 from zeroseg.attention import aggregate_self_attention, merge_attention
+from zeroseg.attention.merge import KLDistance, merge_to
 
 SECONDS = (
     *("plain_forward_s", "capture_forward_s", "unet_forward_s", "unet_capture_s", "vae_encode_s", "text_embed_s"),
@@ -33,17 +34,11 @@ def test_random_backbone_has_the_shape_of_stable_diffusion(tiny):
 
 
 def test_plain_transcription_of_the_merge_gives_the_same_proposals(attention):
-    threshold = threshold_for(12, attention, 8, 3)
-    fast, plain = merge_attention(attention, [threshold] * 3, 8), broadcast_merge(attention, [threshold] * 3, 8)
+    thresholds = merge_to(KLDistance(attention), 12, 8)[1]
+    fast, plain = merge_attention(attention, thresholds, 8), broadcast_merge(attention, thresholds, 8)
     assert 2 < len(fast) < 64
     assert fast.shape == plain.shape
     assert torch.allclose(fast, plain, atol=1e-6)
-
-
-def test_threshold_leaves_about_as_many_segments_as_asked_for(attention):
-    few, many = (threshold_for(n, attention, 8, 3) for n in (5, 20))
-    assert few > many
-    assert 16 <= len(merge_attention(attention, [many] * 3, 8)) <= 24
 
 
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():

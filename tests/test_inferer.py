@@ -75,10 +75,6 @@ def test_any_size(make, rule, size):
     prompt = {"points": {"points": [[0, 0]]}, "text": {"text": "cell"}}.get(rule, {})
     if rule == "box":
         prompt = {"box": [0, 0, size[1] - 1, size[0] - 1]}
-        if min(size) < 2:
-            with pytest.raises(ZeroSegError, match="low corner first"):
-                make().segment(image, **prompt)
-            return
     check(make().segment(image, rule, **prompt), size)
 
 
@@ -265,7 +261,7 @@ def test_wrong_settings_are_one_line(make, disc, settings, message):
         ({"box": [1, 2, "x", 4]}, "box must be 4 numbers"),
         ({"box": [1, 2, 96, 4]}, "inside the image"),
         ({"box": [9, 2, 5, 4]}, "low corner first"),
-        ({"box": [5, 5, 5, 9]}, "low corner first"),
+        ({"box": [5, 9, 9, 5]}, "low corner first"),
         ({"text": ""}, "must be words"),
         ({"text": 5}, "must be words"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zeroseg.attention import aggregate_self_attention, label_map, merge_attention, symmetric_kl
-from zeroseg.attention.merge import anchor_indices
+from zeroseg.attention.merge import KLDistance, anchor_indices, merge_to
 
 
 def structured_attention(side: int, heads: int, seed: int, noise: float = 0.4) -> torch.Tensor:
@@ -125,6 +125,18 @@ def test_thresholds_decide_how_much_merges():
     assert len(merge_attention(attention, [1e-9] * 3, 8)) == 64
     assert len(merge_attention(attention, [100.0] * 3, 8)) == 1
     proposals = merge_attention(attention, [0.5] * 3, 8)
+    assert torch.allclose(proposals.sum(-1), torch.ones(len(proposals)), atol=1e-4)
+
+
+@pytest.mark.parametrize("contrast", [1.0, 1e-2])
+@pytest.mark.parametrize("most", [1, 4, 12])
+def test_thresholds_found_per_image_leave_at_most_so_many(contrast, most):
+    attention = aggregate_self_attention([structured_attention(16, 2, 0)])
+    attention = (1 - contrast) / len(attention) + contrast * attention  # nearly uniform maps lie much closer together
+    proposals, thresholds = merge_to(KLDistance(attention), most, 8)
+    assert 1 <= len(proposals) <= most
+    assert len(thresholds) == 2 and min(thresholds) > 0
+    assert len(proposals) >= most // 2, "and not many fewer"
     assert torch.allclose(proposals.sum(-1), torch.ones(len(proposals)), atol=1e-4)
 
 

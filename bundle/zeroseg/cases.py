@@ -155,6 +155,10 @@ class CaseRunner:
         if not self.output_dir:
             raise ZeroSegError("no output: give --output_dir, the folder for the results")
         output = Path(str(self.output_dir))
+        if self.dataset.dataset_dir and Path(str(self.dataset.dataset_dir)).resolve() == output.resolve():
+            raise ZeroSegError(
+                "output_dir is the input folder: give another one, or the next run would segment the results"
+            )
         self.dataset.exclude = output
         prompts = load_prompts(self.prompts)
         self.inferer.check()
@@ -237,7 +241,7 @@ class CaseRunner:
         """Write every file of a case; returns their names and notes on what could not be written."""
         mask = write_mask(image, result.labels, output / f"{case.stem}_seg{image.suffix}")
         confidence = write_confidence(image, result.confidence, output / f"{case.stem}_confidence{image.suffix}")
-        title = f"{case.stem}: {result.select}" + (" - absent" if result.absent else "")
+        title = f"absent: {result.details.get('text', '')}" if result.absent else None
         if image.is_volume:
             picture = overlay_slices(
                 unit, result.labels, axis=self.inferer.slice_axis % 3, affine=image.affine, title=title

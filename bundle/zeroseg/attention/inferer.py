@@ -165,7 +165,7 @@ class AttentionSegmentationInferer(Inferer):
                 )
         if not isinstance(self.max_segments, int) or not 1 <= self.max_segments <= 255:
             raise ZeroSegError(f"max_segments must be a whole number from 1 to 255, not {self.max_segments!r}")
-        if self.slice_axis not in range(-3, 3):
+        if not isinstance(self.slice_axis, int) or self.slice_axis not in range(-3, 3):
             raise ZeroSegError(f"slice_axis must be 0, 1 or 2, not {self.slice_axis!r}")
         if not isinstance(self.grid, int) or self.grid < 1:
             raise ZeroSegError(f"grid must be a positive number of anchors a side, not {self.grid!r}")
@@ -173,6 +173,12 @@ class AttentionSegmentationInferer(Inferer):
             raise ZeroSegError(
                 f"noise_draws must be 0 (clean latent) or a positive number of draws, not {self.noise_draws!r}"
             )
+        if not isinstance(self.working_size, int) or self.working_size < 1:
+            raise ZeroSegError(f"working_size must be a positive number of pixels, not {self.working_size!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ZeroSegError(f"seed must be a whole number from 0, not {self.seed!r}")
+        if not isinstance(self.text_certainty, (int, float)):
+            raise ZeroSegError(f"text_certainty must be a number, not {self.text_certainty!r}")
         self.backbone.load()
         self.backbone.check_timestep(self.timestep)
         step = self.backbone.size_multiple
@@ -539,7 +545,7 @@ def check_box(box, extent: Sequence[int]) -> tuple[float, ...] | None:
     if len(corners) != 2 * n:
         raise ZeroSegError(f"box must be {2 * n} numbers (low corner, high corner), not {len(corners)}")
     low, high = corners[:n], corners[n:]
-    if not all(0 <= a < b <= size - 1 for a, b, size in zip(low, high, extent, strict=True)):
+    if not all(0 <= a <= b <= size - 1 for a, b, size in zip(low, high, extent, strict=True)):
         raise ZeroSegError(
             f"box {list(corners)} must have its low corner first and lie inside the image of {list(extent)} pixels"
         )

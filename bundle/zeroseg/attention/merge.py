@@ -139,7 +139,8 @@ def merge_to(distance: KLDistance, max_segments: int, grid: int = 16) -> tuple[T
             high = middle
         else:
             low = middle
-    return _merge_greedily(proposals, apart <= levels[high]), [first, float(levels[high])]
+    second = float(levels[high].nextafter(levels.new_tensor(torch.inf)))  # merge_attention, told this, does the same
+    return _merge_greedily(proposals, apart < second), [first, second]
 
 
 FIRST_QUANTILE = 0.05

@@ -55,4 +55,5 @@ def prepare(image: Tensor) -> Tensor:
     if bad:
         msg = f"the image holds {bad} NaN or infinite values: replace them (for example with numpy.nan_to_num) and run again"
         raise ZeroSegError(msg)
-    return stretch(to_three_channels(image))
+    # One or two channels are stretched before they are repeated: the same result for a third of the work.
+    return to_three_channels(stretch(image)) if len(image) < 3 else stretch(to_three_channels(image))

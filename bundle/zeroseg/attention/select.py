@@ -51,7 +51,8 @@ def click_relevance(distance: KLDistance, tokens: list[int]) -> Tensor:
 def frame_relevance(distance: KLDistance, frame: Tensor, share: float = 0.25) -> Tensor:
     """How unlike the frame every token's attention is: the boundary prior of salient-object detection (Wei et al. 2012).
 
-    Relevance is the ``share`` quantile of a token's distances to the frame's tokens. A token that resembles a quarter of the
+    Relevance is the ``share`` quantile of a token's distances to the frame's tokens, the distance being the root of the
+    divergence, which grows with the square of a small difference. A token that resembles a quarter of the
     frame is background, however unlike the other three quarters may be; and an object may touch up to that share of
     the frame and still stand out.
 
@@ -65,7 +66,7 @@ def frame_relevance(distance: KLDistance, frame: Tensor, share: float = 0.25) ->
     """
     tokens = frame.nonzero().flatten()
     tokens = tokens[:: max(1, len(tokens) // FRAME_TOKENS)]
-    away = distance(distance.maps[tokens]).quantile(share, dim=0)
+    away = distance(distance.maps[tokens]).sqrt().quantile(share, dim=0)
     away = away - away.min()
     return away / away.max().clamp_min(1e-12)
 

@@ -138,6 +138,9 @@ class StableDiffusionBackbone:
                 self.text_encoder = CLIPTextModel(self.text_encoder.config)
             for net in (self.unet, self.text_encoder):
                 net.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            msg = f"{folder.name} predicts {self.schedule.config.prediction_type!r}; only epsilon and v_prediction are supported"
+            raise WeightsError(msg)
         self.alphas = self.schedule.alphas_cumprod.to(self.device, torch.float32)
         self.name = self.source if self.source == EMBEDDED else folder.name
 

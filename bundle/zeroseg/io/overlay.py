@@ -201,12 +201,15 @@ def _grid(tiles: Sequence[tuple[str, PILImage.Image]], columns: int) -> PILImage
     return sheet
 
 
-def contact_sheet(entries: Sequence[tuple[str, PILImage.Image]], path: str | os.PathLike) -> Path:
+def contact_sheet(
+    entries: Sequence[tuple[str, PILImage.Image]], path: str | os.PathLike, columns: int | None = None
+) -> Path:
     """Write pictures as one grid with their titles, each at most 360 px in a cell of its own.
 
     Args:
         entries: (title, picture), at least one.
         path: target, e.g. ``index.png``.
+        columns: pictures in a row; by default about as many as rows, at most 4.
 
     Returns:
         The path written.
@@ -227,7 +230,7 @@ def contact_sheet(entries: Sequence[tuple[str, PILImage.Image]], path: str | os.
         thumbnail.paste(small, ((cell - size[0]) // 2, (cell - size[1]) // 2))
         tiles.append((title, thumbnail))
     with atomic_path(path) as temporary:
-        _grid(tiles, columns=min(4, math.ceil(math.sqrt(len(tiles))))).save(temporary)
+        _grid(tiles, columns or min(4, math.ceil(math.sqrt(len(tiles))))).save(temporary)
     return Path(path)
 
 

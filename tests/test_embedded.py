@@ -1,0 +1,84 @@
+"""What the weights that ship with the bundle can do: behaviour on phantoms they were not trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phantoms import make_phantom
+from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.backbones.weights import MODELS
+
+UNSEEN = 10_000_000  # training drew its phantoms from seeds far below
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / max(1, np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def scenes(kind: str, name: str, count: int):
+    """Phantoms of a kind that show the named object, with its mask and its most central pixel."""
+    found = []
+    for seed in range(UNSEEN, UNSEEN + 200):
+        phantom = make_phantom(seed, kind=kind)
+        mask = phantom.masks.get(name)
+        if mask is not None and mask.mean() > 0.02:
+            rows, columns = np.nonzero(mask)
+            nearest = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+            found.append((phantom.image.transpose(2, 0, 1), mask, [int(columns[nearest]), int(rows[nearest])]))
+        if len(found) == count:
+            return found
+    raise AssertionError(f"no {kind} with {name}")
+
+
+@pytest.fixture(scope="module")
+def inferer(embedded_backbone):
+    return AttentionSegmentationInferer(embedded_backbone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "least"),
+    [("dermoscopy", "skin lesion", 0.75), ("endoscopy", "polyp", 0.6), ("ultrasound", "breast tumour", 0.5)],
+)
+def test_a_click_finds_the_object(inferer, kind, name, least):
+    scores = [
+        dice(inferer.segment(image, points=[click]).labels > 0, mask) for image, mask, click in scenes(kind, name, 5)
+    ]
+    assert np.mean(scores) > least, scores
+
+
+def test_auto_finds_a_lesion(inferer):
+    scores = [
+        dice(inferer.segment(image, "auto").labels > 0, mask)
+        for image, mask, _ in scenes("dermoscopy", "skin lesion", 5)
+    ]
+    assert np.mean(scores) > 0.6, scores
+
+
+def test_attention_learned_to_tell_cells_apart(inferer):
+    """The trained model's automatic mask beats the same pipeline with random UNet weights."""
+    from zeroseg.backbones import StableDiffusionBackbone
+
+    untrained = AttentionSegmentationInferer(StableDiffusionBackbone(device="cpu", untrained=True))
+    cells = scenes("fluorescence", "nuclei", 4)
+    trained, control = (
+        np.mean([dice(model.segment(image, "auto").labels > 0, mask) for image, mask, _ in cells])
+        for model in (inferer, untrained)
+    )
+    assert trained > control
+
+
+def test_a_meaningless_prompt_is_absent(inferer):
+    image, _, _ = scenes("dermoscopy", "skin lesion", 1)[0]
+    result = inferer.segment(image, text="zqxv plomf wug")
+    assert result.absent and not result.labels.any()
+
+
+def test_the_embedded_files_are_small_and_listed():
+    folder = MODELS / "attention"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert max(p.stat().st_size for p in files) < 24e6
+    assert sum(p.stat().st_size for p in files) < 60e6
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert {p.relative_to(folder).as_posix() for p in files if p.suffix == ".safetensors"} <= listed
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
