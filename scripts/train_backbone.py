@@ -251,6 +251,7 @@ class Trainer:
             net.to(self.device, memory_format=torch.channels_last if net is not self.text else torch.preserve_format)
         self.ema = {k: v.detach().clone() for k, v in self._diffusion_parameters()}
         self.state = {"vae_step": 0, "unet_step": 0, "samples": 0, "seconds": 0.0, "log": []}
+        self._optimizer_of = None  # the phase whose optimizer state the checkpoint holds
         self.checkpoint = self.work / "state.pt"
         if self.checkpoint.exists():
             self._load()
@@ -288,6 +289,7 @@ class Trainer:
         self.text.load_state_dict(payload["text"])
         self.ema = payload["ema"]
         self._optimizer_state = payload["optimizer"]
+        self._optimizer_of = "unet" if self.state["unet_step"] else "vae"
         print(f"resumed at vae step {self.state['vae_step']}, unet step {self.state['unet_step']}")
 
     def _phase(self, name: str, steps: int, parameters, lr: float, loss_of):
@@ -296,7 +298,7 @@ class Trainer:
         if start >= steps:
             return
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        if start and getattr(self, "_optimizer_state", None):
+        if start and self._optimizer_of == name:
             optimizer.load_state_dict(self._optimizer_state)
         rng = np.random.default_rng([self.args.seed, start, len(name)])
         torch.manual_seed(self.args.seed + start)
@@ -341,8 +343,13 @@ class Trainer:
             return (decoded - images).abs().mean() + 0.5 * edges + args.kl_weight * kl
 
         self._phase("vae", args.vae_steps, list(self.vae.parameters()), 1e-3, loss_of)
+        self.scale_latents()
+        self.vae.requires_grad_(False).eval()
+
+    def scale_latents(self) -> None:
+        """Measure the latents' spread once and store its inverse, so that the UNet sees latents of spread 1."""
         if "latent_std" not in self.state:
-            rng = np.random.default_rng(args.seed)
+            rng = np.random.default_rng(self.args.seed)
             with torch.no_grad():
                 means = [
                     self.vae.encode(self.corpus.batch(rng, 16, 128)[0].to(self.device)).latent_dist.mean
@@ -350,7 +357,6 @@ class Trainer:
                 ]
             self.state["latent_std"] = float(torch.cat(means).std())
         self.vae.register_to_config(scaling_factor=1 / self.state["latent_std"])
-        self.vae.requires_grad_(False).eval()
 
     def train_unet(self) -> None:
         args = self.args
@@ -399,7 +405,8 @@ class Trainer:
             out, safe_serialization=True, max_shard_size="20MB"
         )
         summary = {
-            "command": "python scripts/train_backbone.py " + " ".join(self.args.command),
+            "command": "python scripts/train_backbone.py "
+            + " ".join("UNLABELLED_DIR" if word in self.args.images else word for word in self.args.command),
             "date": datetime.date.today().isoformat(),
             "hardware": f"{self.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "images": {**self.corpus.counts, "phantoms": len(self.corpus.phantoms)},
@@ -468,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"images: {corpus.counts}, phantoms: {len(corpus.phantoms)}")
     trainer = Trainer(args, corpus)
     if args.export_only:
-        trainer.vae.register_to_config(scaling_factor=1 / trainer.state["latent_std"])
+        trainer.scale_latents()
     else:
         trainer.train_vae()
         trainer.train_unet()
