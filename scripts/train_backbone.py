@@ -419,9 +419,7 @@ class Trainer:
             "loss": self.state["log"][:: max(1, len(self.state["log"]) // 60)],
         }
         (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        files = sorted(
-            p for p in out.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md", "training.json")
-        )
+        files = sorted(p for p in out.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
         sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
         (out / "SHA256SUMS").write_text("\n".join(sums) + "\n")
         print(f"wrote {out}")
