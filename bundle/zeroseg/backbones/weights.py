@@ -11,20 +11,12 @@ import re
 from pathlib import Path
 
 from zeroseg.errors import WeightsError
+from zeroseg.hashing import file_sha256
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def resolve_folder(source: str | Path, embedded: str = "attention", revision: str | None = None) -> Path:

@@ -1,9 +1,10 @@
 """Reading images and volumes, writing masks, DICOM SEG, overlays and manifests."""
 
+from zeroseg.hashing import file_sha256
 from zeroseg.io.dicom_seg import write_dicom_seg
 from zeroseg.io.finding import Case, find_cases
 from zeroseg.io.intensity import to_unit_range
-from zeroseg.io.manifest import file_sha256, versions, write_json
+from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
 from zeroseg.io.reading import Image, read_image
 from zeroseg.io.writing import atomic_path, write_confidence, write_mask

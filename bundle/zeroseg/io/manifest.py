@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,19 +17,6 @@ import zeroseg
 from zeroseg.io.writing import atomic_path
 
 _PACKAGES = ("torch", "monai", "diffusers", "transformers", "numpy", "nibabel", "pydicom")
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes as 64 hexadecimal digits, read in pieces of 1 MiB.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:
