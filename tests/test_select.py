@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from zeroseg.attention import select as rules
+from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance
 
 SIDE = 16
@@ -26,6 +27,11 @@ def square() -> np.ndarray:
     return inside
 
 
+def frame_relevance(inside: np.ndarray) -> np.ndarray:
+    distance = two_region_attention(inside)
+    return rules.frame_relevance(distance, TokenPaths(distance), rules.border_tokens(SIDE)).view(SIDE, SIDE).numpy()
+
+
 def enlarge(relevance: torch.Tensor, factor: int = 8) -> np.ndarray:
     grid = relevance.view(1, 1, SIDE, SIDE)
     return torch.nn.functional.interpolate(grid, scale_factor=factor, mode="bilinear")[0, 0].numpy()
@@ -39,7 +45,11 @@ def test_token_under_a_pixel():
 
 @pytest.mark.parametrize("contrast", [1.01, 4.0, 50.0])
 def test_click_relevance_is_one_in_the_clicked_region_whatever_the_scale(square, contrast):
-    relevance = rules.click_relevance(two_region_attention(square, contrast), [7 * SIDE + 8]).view(SIDE, SIDE).numpy()
+    relevance = (
+        rules.click_relevance(TokenPaths(two_region_attention(square, contrast)), [7 * SIDE + 8])
+        .view(SIDE, SIDE)
+        .numpy()
+    )
     assert relevance[square].min() > 0.95
     assert relevance[~square].max() < 0.6
 
@@ -50,12 +60,12 @@ def test_more_clicks_add_their_regions():
     label = torch.from_numpy((left + 2 * right).flatten().astype(np.int64))
     maps = torch.where(label[:, None] == label[None], 5.0, 1.0)
     distance = KLDistance(maps / maps.sum(-1, keepdim=True))
-    both = rules.click_relevance(distance, [5 * SIDE + 3, 10 * SIDE + 11]).view(SIDE, SIDE).numpy()
+    both = rules.click_relevance(TokenPaths(distance), [5 * SIDE + 3, 10 * SIDE + 11]).view(SIDE, SIDE).numpy()
     assert both[left | right].min() > both[~(left | right)].max()
 
 
 def test_frame_relevance_finds_what_the_frame_does_not_show(square):
-    relevance = rules.frame_relevance(two_region_attention(square), rules.border_tokens(SIDE)).view(SIDE, SIDE).numpy()
+    relevance = frame_relevance(square)
     assert relevance[square].min() > 0.99
     assert relevance[~square].max() < 0.01
 
@@ -63,7 +73,7 @@ def test_frame_relevance_finds_what_the_frame_does_not_show(square):
 def test_an_object_may_touch_part_of_the_frame():
     inside = np.zeros((SIDE, SIDE), bool)
     inside[:6, 3:9] = True
-    relevance = rules.frame_relevance(two_region_attention(inside), rules.border_tokens(SIDE)).view(SIDE, SIDE).numpy()
+    relevance = frame_relevance(inside)
     assert relevance[inside].min() > relevance[~inside].max()
 
 
@@ -77,7 +87,7 @@ def test_border_tokens():
 def test_cut_finds_the_edge_of_the_clicked_object_only(square):
     other = square.copy()
     other[13:15, 1:4] = True  # a second object that looks the same
-    relevance = enlarge(rules.click_relevance(two_region_attention(other), [7 * SIDE + 8]))
+    relevance = enlarge(rules.click_relevance(TokenPaths(two_region_attention(other)), [7 * SIDE + 8]))
     truth = np.kron(square, np.ones((8, 8), bool))
     image = np.kron(other, np.ones((8, 8)))[None].repeat(3, 0)
     mask, threshold = rules.cut(relevance, image, [(60, 70)])
@@ -87,7 +97,7 @@ def test_cut_finds_the_edge_of_the_clicked_object_only(square):
 
 
 def test_cut_stays_where_it_is_allowed(square):
-    relevance = enlarge(rules.click_relevance(two_region_attention(square), [7 * SIDE + 8]))
+    relevance = enlarge(rules.click_relevance(TokenPaths(two_region_attention(square)), [7 * SIDE + 8]))
     allowed = np.zeros(relevance.shape, bool)
     allowed[:, :72] = True
     mask, _ = rules.cut(relevance, np.kron(square, np.ones((8, 8)))[None], [(60, 60)], allowed)
@@ -101,7 +111,7 @@ def test_cut_without_anything_to_find_returns_the_click():
 
 
 def test_cut_of_a_large_image_is_at_full_size(square):
-    relevance = enlarge(rules.click_relevance(two_region_attention(square), [7 * SIDE + 8]), 40)
+    relevance = enlarge(rules.click_relevance(TokenPaths(two_region_attention(square)), [7 * SIDE + 8]), 40)
     image = np.kron(square, np.ones((40, 40)))[None]
     mask, _ = rules.cut(relevance, image, [(300, 340)])
     truth = np.kron(square, np.ones((40, 40), bool))

@@ -16,6 +16,7 @@ from torch import Tensor
 from zeroseg.attention import select as rules
 from zeroseg.attention.aggregate import aggregate_self_attention, grid_side
 from zeroseg.attention.features import feature_affinity
+from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
 from zeroseg.attention.refine import upsample
@@ -47,6 +48,7 @@ class EncodedImage:
     seconds: dict[str, float] = field(default_factory=dict)
     _proposals: tuple[Tensor, list[float]] | None = None
     _distance: KLDistance | None = None
+    _paths: TokenPaths | None = None
 
     @property
     def side(self) -> int:
@@ -59,6 +61,13 @@ class EncodedImage:
         if self._distance is None:
             self._distance = KLDistance(self.attention)
         return self._distance
+
+    @property
+    def paths(self) -> TokenPaths:
+        """Shortest paths between tokens, whose steps are measured on first use and kept."""
+        if self._paths is None:
+            self._paths = TokenPaths(self.distance)
+        return self._paths
 
 
 @contextmanager
@@ -297,7 +306,9 @@ class AttentionSegmentationInferer(Inferer):
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
             else:
                 posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
-            salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
+            salience = rules.frame_relevance(
+                encoded.distance, encoded.paths, rules.border_tokens(side).to(proposals.device)
+            )
             owner = posterior.argmax(0)
         with _timed(seconds, "refine"):
             posterior = upsample(posterior.view(-1, side, side), encoded.image, self.refine).clamp(0, 1)
@@ -322,9 +333,9 @@ class AttentionSegmentationInferer(Inferer):
         with _timed(seconds, "select"):
             wanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if k]
             unwanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if not k]
-            maps = [rules.click_relevance(encoded.distance, wanted)]
+            maps = [rules.click_relevance(encoded.paths, wanted)]
             if unwanted:
-                maps.append(rules.click_relevance(encoded.distance, unwanted))
+                maps.append(rules.click_relevance(encoded.paths, unwanted))
         seeds = [self._pixel(encoded, c) for c, k in zip(clicks, kinds, strict=True) if k]
         allowed = self._inside(encoded, corners)
         with _timed(seconds, "refine"):
@@ -343,7 +354,7 @@ class AttentionSegmentationInferer(Inferer):
             frame = rules.border_tokens(side)
             if corners is not None:
                 frame = self._surroundings(corners, encoded.size, side)
-            relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device))
+            relevance = rules.frame_relevance(encoded.distance, encoded.paths, frame.to(encoded.attention.device))
         with _timed(seconds, "refine"):
             full = upsample(relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
@@ -418,8 +429,12 @@ class AttentionSegmentationInferer(Inferer):
 
     # Volumes ------------------------------------------------------------------------------------------------------------
 
-    def segment(self, image: Tensor | np.ndarray, select: str | None = None, **prompt) -> Segmentation:
+    def segment(
+        self, image: Tensor | np.ndarray, select: str | None = None, *, prepared: bool = False, **prompt
+    ) -> Segmentation:
         """Encode and predict one image (C, H, W), or one volume (C, X, Y, Z) slice by slice.
+
+        ``prepared`` says that ``prepare`` already brought the image to (3, ...) in [0, 1]: a server does that once per image.
 
         In a volume, points are (x, y, z) and a box is (x0, y0, z0, x1, y1, z1), in voxel indices. ``segments`` links
         segments across slices; ``auto`` and ``text`` decide slice by slice; ``points`` follows the clicked object from its
@@ -430,12 +445,12 @@ class AttentionSegmentationInferer(Inferer):
         """
         self.check()
         if image.ndim == 3:
-            return self.predict(self.encode(image), select, **prompt)
+            return self.predict(self.encode_prepared(image) if prepared else self.encode(image), select, **prompt)
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
         from zeroseg.attention.volume import segment_volume
 
-        return segment_volume(self, image, select, **prompt)
+        return segment_volume(self, image, select, prepared=prepared, **prompt)
 
     def __call__(
         self,

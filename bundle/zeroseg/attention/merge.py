@@ -39,6 +39,15 @@ class KLDistance:
         cross = torch.addmm(p @ self._log.T, log_p, self.maps.T)
         return (((p * log_p).sum(-1)[:, None] + self._own[None, :] - cross) / 2).clamp_min_(0)
 
+    def apart(self, offset: int) -> Tensor:
+        """(B - offset,) divergences between each map and the one ``offset`` rows below it, without all the other pairs."""
+        count, block = len(self.maps) - offset, 64  # blocks stay in the cache; whole products would not
+        cross = torch.empty(count, device=self.maps.device)
+        for start in range(0, count, block):
+            i, j = slice(start, min(start + block, count)), slice(start + offset, min(start + block, count) + offset)
+            cross[i] = (self.maps[i] * self._log[j]).sum(1) + (self.maps[j] * self._log[i]).sum(1)
+        return ((self._own[:count] + self._own[offset:] - cross) / 2).clamp_min_(0)
+
 
 def symmetric_kl(p: Tensor, q: Tensor) -> Tensor:
     """Half the sum of both Kullback-Leibler divergences, for all pairs of distributions; see ``KLDistance``.

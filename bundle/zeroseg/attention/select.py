@@ -1,7 +1,7 @@
 """Which pixels are the object: rules over one image's aggregated attention, none of which knows a ground truth.
 
 Every rule makes a relevance map on the token grid from distances between attention maps (symmetric KL: how differently two
-tokens look at the image). ``cut`` then turns relevance at pixel resolution into a mask.
+tokens look at the image), straight or along the shortest path. ``cut`` then turns relevance at pixel resolution into a mask.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
+from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance
 
 MIN_AREA, MAX_AREA = 0.0005, 0.95
@@ -32,43 +33,53 @@ def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
     return row * side + column
 
 
-def click_relevance(distance: KLDistance, tokens: list[int]) -> Tensor:
-    """How alike every token's attention is to that of the clicked ones: exp(-D / mean D), the best over the clicks.
+def click_relevance(paths: TokenPaths, tokens: list[int]) -> Tensor:
+    """How easily every token is reached from the clicked ones: exp(-2 d / mean d), the best over the clicks.
 
-    How far maps lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
+    d is the geodesic distance over the attention: a click means the thing under it, not everything of its kind. How far
+    tokens lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
 
     Args:
-        distance: to the (N, N) aggregated attention of the image.
+        paths: through the image's attention.
         tokens: indices of the clicked tokens.
 
     Returns:
         (N,) in [0, 1]; 1 at a clicked token.
     """
-    away = distance(distance.maps[tokens])
-    return torch.exp(-away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
+    away = paths(tokens)
+    return torch.exp(-2 * away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
 
 
-def frame_relevance(distance: KLDistance, frame: Tensor, share: float = 0.25) -> Tensor:
-    """How unlike the frame every token's attention is: the boundary prior of salient-object detection (Wei et al. 2012).
+def frame_relevance(distance: KLDistance, paths: TokenPaths, frame: Tensor) -> Tensor:
+    """How unlike the frame every token's attention is, and how well it is fenced off from it.
 
-    Relevance is the ``share`` quantile of a token's distances to the frame's tokens, the distance being the root of the
-    divergence, which grows with the square of a small difference. A token that resembles a quarter of the
-    frame is background, however unlike the other three quarters may be; and an object may touch up to that share of
-    the frame and still stand out.
+    The boundary priors of salient-object detection (Wei et al. 2012), both of their kinds, multiplied:
+
+    - the 25 % quantile of a token's distances to the frame's tokens, the distance being the root of the divergence, which
+      grows with the square of a small difference. A token that resembles a quarter of the frame is background, however
+      unlike the other three quarters may be; and an object may touch up to that share of the frame and still stand out;
+    - the 10 % quantile of its geodesic distances to them: what is reached from a tenth of the frame without
+      crossing an edge is background too, however its look may drift on the way.
 
     Args:
         distance: to the (N, N) aggregated attention of the image.
+        paths: through it.
         frame: (N,) bool, the tokens taken for background.
-        share: in (0, 1).
 
     Returns:
         (N,) in [0, 1], scaled so that the lowest is 0 and the highest 1.
     """
     tokens = frame.nonzero().flatten()
     tokens = tokens[:: max(1, len(tokens) // FRAME_TOKENS)]
-    away = distance(distance.maps[tokens]).sqrt().quantile(share, dim=0)
-    away = away - away.min()
-    return away / away.max().clamp_min(1e-12)
+    unlike = _unit(distance(distance.maps[tokens]).sqrt().quantile(0.25, dim=0))
+    fenced = _unit(paths(tokens.tolist()).quantile(0.1, dim=0)).to(unlike.device)
+    return _unit(unlike * fenced)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """Shifted and scaled to [0, 1]; all 0 where they are constant."""
+    values = values - values.min()
+    return values / values.max().clamp_min(1e-12)
 
 
 def border_tokens(side: int, width: int = 1) -> Tensor:

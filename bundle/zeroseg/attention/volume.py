@@ -32,11 +32,12 @@ def segment_volume(
     labels=None,
     box=None,
     text: str | None = None,
+    prepared: bool = False,
 ) -> Segmentation:
     """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; prompts are in voxel indices.
 
-    Contrast is stretched once over the whole volume, so that an empty slice stays empty. The backbone runs once per slice that
-    the rule needs.
+    Contrast is stretched once over the whole volume, so that an empty slice stays empty; ``prepared`` says that ``prepare``
+    did it already. The backbone runs once per slice that the rule needs.
 
     Raises:
         ZeroSegError: as ``AttentionSegmentationInferer.predict``.
@@ -50,7 +51,7 @@ def segment_volume(
     corners = check_box(box, volume.shape[1:])
     if rule == "points" and not any(kinds):
         raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
-    walk = _Walk(inferer, prepare(volume), axis)
+    walk = _Walk(inferer, volume if prepared else prepare(volume), axis)
     if rule == "points":
         return walk.follow(clicks, kinds)
     if rule == "box":
