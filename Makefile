@@ -1,25 +1,30 @@
 # make demo   run the bundle on real images that come with the installed packages; look at out/demo/index.html
+# make serve  serve it to OHIF and 3D Slicer; STUDIES=folder or DICOMweb URL (sample images without), PORT=8000, OPTIONS="--verbose"
 # make test   run the whole test suite
-# Both set up .venv first when it is not there. PYTHON=python3.12 picks another interpreter.
+# All set up .venv first when it is not there. PYTHON=python3.12 picks another interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo serve test lint format clean
 
 install: $(STAMP)
 
 # torch goes first and alone: asked for by another package it can pull gigabytes of CUDA libraries.
-$(STAMP): requirements.txt
+$(STAMP): requirements.txt requirements-no-deps.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-no-deps.txt
 	touch $@
 
 demo: install
 	$(BIN)/python scripts/demo.py --output_dir out/demo
+
+serve: install
+	$(BIN)/python scripts/serve.py $(if $(STUDIES),--studies "$(STUDIES)") $(if $(PORT),--port $(PORT)) $(OPTIONS)
 
 test: install
 	$(BIN)/python -m pytest

@@ -29,7 +29,7 @@ def square() -> np.ndarray:
 
 def frame_relevance(inside: np.ndarray) -> np.ndarray:
     distance = two_region_attention(inside)
-    return rules.frame_relevance(distance, TokenPaths(distance), rules.border_tokens(SIDE)).view(SIDE, SIDE).numpy()
+    return rules.frame_relevance(distance, rules.border_tokens(SIDE), TokenPaths(distance)).view(SIDE, SIDE).numpy()
 
 
 def enlarge(relevance: torch.Tensor, factor: int = 8) -> np.ndarray:

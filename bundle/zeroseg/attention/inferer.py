@@ -118,7 +118,7 @@ class AttentionSegmentationInferer(Inferer):
         backbone: StableDiffusionBackbone | None = None,
         select: str | None = None,
         thresholds: str | Sequence[float] = "auto",
-        max_segments: int = 16,
+        max_segments: int = 24,
         grid: int = 16,
         resolution: int | None = None,
         timestep: int = 300,
@@ -306,9 +306,7 @@ class AttentionSegmentationInferer(Inferer):
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
             else:
                 posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
-            salience = rules.frame_relevance(
-                encoded.distance, encoded.paths, rules.border_tokens(side).to(proposals.device)
-            )
+            salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
             owner = posterior.argmax(0)
         with _timed(seconds, "refine"):
             posterior = upsample(posterior.view(-1, side, side), encoded.image, self.refine).clamp(0, 1)
@@ -351,10 +349,11 @@ class AttentionSegmentationInferer(Inferer):
     def _frame(self, encoded, corners, rule: str, seconds) -> Segmentation:
         side = encoded.side
         with _timed(seconds, "select"):
-            frame = rules.border_tokens(side)
-            if corners is not None:
-                frame = self._surroundings(corners, encoded.size, side)
-            relevance = rules.frame_relevance(encoded.distance, encoded.paths, frame.to(encoded.attention.device))
+            if corners is None:
+                frame, paths = rules.border_tokens(side), encoded.paths
+            else:
+                frame, paths = self._surroundings(corners, encoded.size, side), None
+            relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device), paths)
         with _timed(seconds, "refine"):
             full = upsample(relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))

@@ -34,7 +34,7 @@ def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
 
 
 def click_relevance(paths: TokenPaths, tokens: list[int]) -> Tensor:
-    """How easily every token is reached from the clicked ones: exp(-2 d / mean d), the best over the clicks.
+    """How easily every token is reached from the clicked ones: exp(-d / mean d), the best over the clicks.
 
     d is the geodesic distance over the attention: a click means the thing under it, not everything of its kind. How far
     tokens lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
@@ -47,24 +47,24 @@ def click_relevance(paths: TokenPaths, tokens: list[int]) -> Tensor:
         (N,) in [0, 1]; 1 at a clicked token.
     """
     away = paths(tokens)
-    return torch.exp(-2 * away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
+    return torch.exp(-away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
 
 
-def frame_relevance(distance: KLDistance, paths: TokenPaths, frame: Tensor) -> Tensor:
-    """How unlike the frame every token's attention is, and how well it is fenced off from it.
+def frame_relevance(distance: KLDistance, frame: Tensor, paths: TokenPaths | None = None) -> Tensor:
+    """How unlike the frame every token's attention is, and with ``paths`` also how well it is fenced off from it.
 
-    The boundary priors of salient-object detection (Wei et al. 2012), both of their kinds, multiplied:
+    The boundary priors of salient-object detection (Wei et al. 2012), of both their kinds:
 
     - the 25 % quantile of a token's distances to the frame's tokens, the distance being the root of the divergence, which
       grows with the square of a small difference. A token that resembles a quarter of the frame is background, however
       unlike the other three quarters may be; and an object may touch up to that share of the frame and still stand out;
-    - the 10 % quantile of its geodesic distances to them: what is reached from a tenth of the frame without
-      crossing an edge is background too, however its look may drift on the way.
+    - times the 10 % quantile of its geodesic distances to them: what is reached from a tenth of the frame
+      without crossing an edge is background too, however its look may drift on the way.
 
     Args:
         distance: to the (N, N) aggregated attention of the image.
-        paths: through it.
         frame: (N,) bool, the tokens taken for background.
+        paths: through the attention; None leaves the second prior out (a tight box hardly fences anything off).
 
     Returns:
         (N,) in [0, 1], scaled so that the lowest is 0 and the highest 1.
@@ -72,8 +72,9 @@ def frame_relevance(distance: KLDistance, paths: TokenPaths, frame: Tensor) -> T
     tokens = frame.nonzero().flatten()
     tokens = tokens[:: max(1, len(tokens) // FRAME_TOKENS)]
     unlike = _unit(distance(distance.maps[tokens]).sqrt().quantile(0.25, dim=0))
-    fenced = _unit(paths(tokens.tolist()).quantile(0.1, dim=0)).to(unlike.device)
-    return _unit(unlike * fenced)
+    if paths is None:
+        return unlike
+    return _unit(unlike * _unit(paths(tokens.tolist()).quantile(0.1, dim=0)).to(unlike.device))
 
 
 def _unit(values: Tensor) -> Tensor:

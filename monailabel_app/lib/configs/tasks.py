@@ -1,0 +1,86 @@
+"""The tasks of the app, one function each."""
+
+from __future__ import annotations
+
+from lib.configs import SEGMENTS, anonymous_labels
+from lib.engine import Engine
+from lib.infers.points import Points
+from lib.infers.segments import Segments
+from lib.infers.text import Text
+from lib.infers.tumor import Tumor
+from zeroseg.backbones.weights import MODELS
+
+REFINE = ["guided", "none"]
+EXTENT = ["volume", "slice"]
+
+
+def segments(engine: Engine) -> Segments:
+    """The panel "Auto-Segmentation" of OHIF and "Auto Segmentation" of 3D Slicer."""
+    return Segments(
+        engine,
+        type="segmentation",
+        labels=anonymous_labels(),
+        description="All segments of the image, most object-like first, or (select: auto) what differs from its frame",
+        config={
+            "select": ["segments", "auto"],
+            "extent": EXTENT,
+            "slice": -1,
+            "refine": REFINE,
+            "threshold": "auto",
+            "max_segments": SEGMENTS,
+        },
+    )
+
+
+def text(engine: Engine) -> Text:
+    """The same panel: the option ``text`` is a text box in both viewers."""
+    return Text(
+        engine,
+        type="segmentation",
+        labels={"target": 1},
+        description="What the words in the option text name, or the answer that it is absent",
+        config={
+            "text": "",
+            "extent": EXTENT,
+            "slice": -1,
+            "refine": REFINE,
+            "certainty": 2.0,
+            "absent": ["error", "empty mask"],
+        },
+    )
+
+
+def points(engine: Engine) -> Points:
+    """The panel "Point Prompts" of OHIF and "SmartEdit" of 3D Slicer.
+
+    The type is deepgrow: both panels show it, send foreground and background clicks of the label the user picked, and give the
+    mask to that label. A deepedit task would get clicks under the names of all labels and had to keep them all.
+    """
+    return Points(
+        engine,
+        type="deepgrow",
+        labels=anonymous_labels(),
+        description="The object under the clicks, followed through neighbouring slices until it ends",
+        config={"extent": EXTENT, "refine": REFINE},
+    )
+
+
+def tumor(engine: Engine) -> Tumor | None:
+    """The panel "Auto-Segmentation"; None where the bundle has no tumour model."""
+    if not (MODELS / "tumor").is_dir():
+        return None
+    from zeroseg.tumor import TumorSegmentationInferer
+
+    return Tumor(
+        engine,
+        TumorSegmentationInferer(),
+        type="segmentation",
+        labels={"tumor": 1},
+        description="The tumour of an organ in a CT or MR volume, or what the option text names there",
+        config={
+            "organ": "liver",
+            "text": "",
+            "modality": ["auto", "ct", "mr", "pet"],
+            "absent": ["error", "empty mask"],
+        },
+    )

@@ -1,0 +1,135 @@
+"""Where studies come from: a folder that may hold DICOM series, or a DICOMweb server."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+from pydicom.dataset import Dataset
+
+from lib.engine import CONVERTED
+from lib.errors import NotFound
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import atomic_path, find_cases, read_image
+from zeroseg.io.finding import sniff
+
+EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
+
+MODALITIES = ("CT", "MR", "CR", "DX", "US")
+"""Shown of a DICOMweb server unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise; MONAI Label's default is CT alone."""
+LIST_SECONDS = 10
+"""A list of series is asked for again after so long; MONAI Label's two hours hide what was just stored."""
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether the first file of a folder, by name, is DICOM."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return bool(files) and sniff(files[0]) == "dicom"
+
+
+class FolderDatastore(LocalDatastore):
+    """MONAI Label's folder datastore; a subfolder that holds a DICOM series is an image as well, named after the folder."""
+
+    def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
+        self._converting = threading.Lock()
+        super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
+
+    def _list_files(self, path, patterns):
+        found = super()._list_files(path, patterns)
+        if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
+            folders = [e for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".") and e.name != "labels"]
+            found |= {e.name: e.name for e in folders if holds_dicom(Path(e.path))}
+        return found
+
+    def get_image_uri(self, image_id: str) -> str:
+        """Path of the image; of a DICOM folder the path of its NIfTI twin, because viewers download one file."""
+        path = super().get_image_uri(image_id)
+        if not path or not os.path.isdir(path):
+            return path
+        twin = Path(self._datastore_path) / CONVERTED / f"{image_id}.nii.gz"
+        with self._converting:
+            if not twin.is_file():
+                write_twin(Path(path), twin)
+        return str(twin)
+
+    def _to_id(self, file):
+        if os.path.isdir(os.path.join(self._datastore.image_path(), file)):
+            return file, ""
+        return super()._to_id(file)
+
+
+def write_twin(folder: Path, twin: Path) -> None:
+    """Write a DICOM series, or one DICOM image, as NIfTI on the same voxel grid.
+
+    Raises:
+        ZeroSegError: the folder cannot be read as one image, or the disk cannot be written to.
+    """
+    cases = find_cases(folder)
+    if len(cases) > 1:
+        raise ZeroSegError(f"{folder.name} holds {len(cases)} images: give every series a folder of its own")
+    image = read_image(cases[0])
+    rows, columns = image.pixel_spacing or (1.0, 1.0)
+    affine = image.affine if image.is_volume else np.diag([-columns, -rows, 1.0, 1.0])
+    array = image.array[0] if image.is_volume else image.array[0].T[:, :, None]
+    whole = np.abs(array).max() < 2**15 and (array == np.rint(array)).all()
+    with atomic_path(twin) as part:
+        nib.save(nib.Nifti1Image(array.astype(np.int16 if whole else np.float32), affine), part)
+
+
+def search_filter() -> dict[str, Any]:
+    """The filter the user set, else one that shows ``MODALITIES``."""
+    if "MONAI_LABEL_DICOMWEB_SEARCH_FILTER" in os.environ:
+        return settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
+    return {"Modality": list(MODALITIES)}
+
+
+class StudyDatastore(DICOMWebDatastore):
+    """MONAI Label's DICOMweb datastore with several modalities, a fresh list of series, and errors that say what is wrong.
+
+    Args:
+        client: of the DICOMweb server.
+        search_filter: attribute -> value; a list under ``Modality`` is asked for one by one, because servers differ in how
+            they take several at once.
+        rest: as MONAI Label's.
+    """
+
+    def __init__(self, client, search_filter: dict[str, Any], **rest: Any):
+        self._fetching = threading.Lock()
+        self._listed: tuple[float, list[str]] = (float("-inf"), [])
+        super().__init__(client=client, search_filter=search_filter, **rest)
+
+    def list_images(self) -> list[str]:
+        """Series instance UIDs that match the filter."""
+        if time.monotonic() - self._listed[0] > LIST_SECONDS:
+            chosen = self._search_filter.get("Modality")
+            each = [{"Modality": m} for m in chosen] if isinstance(chosen, list) else [{}]
+            found = [
+                s for one in each for s in self._client.search_for_series(search_filters={**self._search_filter, **one})
+            ]
+            series = [str(Dataset.from_json(s)["SeriesInstanceUID"].value) for s in found]
+            self._listed = time.monotonic(), list(dict.fromkeys(series))
+        return self._listed[1]
+
+    def get_image_uri(self, image_id: str) -> str:
+        """Path of the series as NIfTI; its DICOM files lie beside it.
+
+        Raises:
+            NotFound: the server has no such series.
+            ZeroSegError: the series cannot be converted.
+        """
+        with self._fetching:  # a second request must not see a series that is still being written
+            try:
+                return super().get_image_uri(image_id)
+            except IndexError as error:
+                raise NotFound(f"there is no series {image_id!r} on the DICOM server") from error
+            except RuntimeError as error:  # of ITK, whose last line names the cause
+                cause = str(error).strip().splitlines()[-1]
+                raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error

@@ -1,0 +1,1 @@
+"""What a request to each task does."""

@@ -1,0 +1,230 @@
+"""What all tasks share: options from the viewer's panel, the mask in the viewer's grid, and the answer's parameters."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+
+from lib.engine import Engine, OpenImage
+from lib.errors import InternalError
+from lib.files import temporary
+from lib.responsive import Abandoned
+from zeroseg import __version__
+from zeroseg.attention import Segmentation
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import Image, write_mask
+
+EXTENSIONS = (".nrrd", ".nii.gz", ".nii", ".png")
+DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
+
+
+class ZeroSegTask(InferTask):
+    """A task that segments with the shared engine.
+
+    Args:
+        engine: shared by all tasks.
+        type: MONAI Label's task type, which decides the panel a viewer shows it in.
+        labels: name -> value, declared up front: OHIF clears every label a model does not declare.
+        description: shown by the viewers.
+        config: the options panel: a list becomes a combo box, a bool a check box, a number or string a text box.
+    """
+
+    def __init__(self, engine: Engine, type: str, labels: dict[str, int], description: str, config: dict[str, Any]):
+        super().__init__(type=type, labels=labels, dimension=3, description=description, config=config)
+        self.engine = engine
+
+    def is_valid(self) -> bool:
+        return True
+
+    def segment(self, entry: OpenImage, options: dict[str, Any]) -> Segmentation:
+        """The task's own part."""
+        raise NotImplementedError
+
+    def describe_backbone(self) -> dict[str, Any]:
+        """The frozen model that made the mask: source, SHA-256 of its weights, device."""
+        return self.engine.inferer.backbone.describe()
+
+    def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
+        """Names of the labels present, which 3D Slicer gives to its segments in order."""
+        present = {int(v) for v in np.unique(result.labels)} - {0}
+        return {name: value for name, value in self.labels.items() if value in present}
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Answer one request.
+
+        Args:
+            request: ``image``, a path; the options of ``config`` that the user changed; the viewer's prompts and wishes.
+
+        Returns:
+            Path of the mask, on the voxel grid of the image, and the parameters of the answer.
+
+        Raises:
+            ZeroSegError: what the user can mend; WeightsError: weights are missing.
+        """
+        try:
+            return self.answer(request)
+        except ZeroSegError as error:  # folders of the server are nobody else's business
+            raise type(error)(str(error).replace(f"{Path(request['image']).parent}/", "")) from error
+        except (MemoryError, OSError, Abandoned, RuntimeError):
+            raise
+        except Exception as error:  # so that a fault of ours is not taken for a malformed request
+            raise InternalError(f"{type(error).__name__}: {error}") from error
+
+    def answer(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """As a call, before a fault is told from a malformed request."""
+        started = time.perf_counter()
+        options = self.options(request)
+        extension, dtype = self.output(request)
+        entry = self.engine.open(request["image"])
+        result = self.segment(entry, options)
+        if result.absent and options.get("absent") == "error":
+            wanted = result.details.get("text") or "the object"
+            raise ZeroSegError(f"absent: {wanted!r} was not found in this image")
+        dropped = keep_largest(result.labels, len(self.labels))
+        path = write(entry.image, result.labels, extension, dtype, str(request["image"]))
+        seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
+        backbone = self.describe_backbone()
+        return path, {
+            "label_names": self.label_names(result, options),
+            "centroids": {},
+            "select": result.select,
+            "absent": result.absent,
+            "scores": [round(s, 4) for s in result.scores[: len(self.labels)]],
+            "seconds": {**seconds, "total": round(time.perf_counter() - started, 4)},
+            "backbone": {k: v for k, v in backbone.items() if k != "files"},
+            "notes": [*entry.image.notes, *([f"{dropped} smaller segments left out"] if dropped else [])],
+            "details": result.details,
+            "zeroseg": __version__,
+        }
+
+    def options(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request over the defaults of the panel; a value has the kind of its default.
+
+        Raises:
+            ZeroSegError: a value is not one of the combo box, or not of the default's kind.
+        """
+        options = dict(request)
+        for name, default in self._config.items():
+            value = request.get(name, default)
+            options[name] = pick(name, value, default)
+        return options
+
+    @staticmethod
+    def output(request: dict[str, Any]) -> tuple[str, str]:
+        """Extension and number type the client asks for; a picture's mask is a PNG by default, others NIfTI."""
+        name = str(request["image"]).lower()
+        picture = name.endswith((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"))
+        extension = request.get("result_extension") or (
+            ".png" if picture else ".nrrd" if name.endswith(".nrrd") else ".nii.gz"
+        )
+        dtype = request.get("result_dtype") or "uint8"
+        if extension not in EXTENSIONS:
+            raise ZeroSegError(f"result_extension {extension!r} is not supported: use one of {', '.join(EXTENSIONS)}")
+        if dtype not in DTYPES:
+            raise ZeroSegError(f"result_dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+        if extension == ".png":
+            dtype = "uint8"
+        return extension, dtype
+
+
+def pick(name: str, value: Any, default: Any) -> Any:
+    """One option: of a combo box the entry chosen (the first, when nothing was), else a value of the default's kind.
+
+    Raises:
+        ZeroSegError: the value does not fit.
+    """
+    if isinstance(default, list):
+        chosen = value[0] if isinstance(value, list) and value else value
+        if chosen not in default:
+            raise ZeroSegError(f"{name} must be one of {', '.join(map(str, default))}, not {chosen!r}")
+        return chosen
+    if isinstance(default, bool):
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+        if str(value).lower() not in words:
+            raise ZeroSegError(f"{name} must be true or false, not {value!r}")
+        return words[str(value).lower()]
+    if isinstance(default, (int, float)):
+        try:
+            number = type(default)(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ZeroSegError(f"{name} must be a number, not {value!r}") from None
+        if not np.isfinite(number):
+            raise ZeroSegError(f"{name} must be a finite number, not {value!r}")
+        return number
+    if not isinstance(value, str):
+        raise ZeroSegError(f"{name} must be text, not {value!r}")
+    return value
+
+
+def keep_largest(labels: np.ndarray, count: int) -> int:
+    """Clear, in place, all but the ``count`` largest labels and number those 1..count without a gap, in their old order.
+
+    Viewers show the labels a model declares, and 3D Slicer names segments in order.
+
+    Returns:
+        How many labels were cleared.
+    """
+    sizes = np.bincount(labels.ravel(), minlength=2)
+    sizes[0] = 0
+    present = np.flatnonzero(sizes)
+    kept = np.sort(present[np.argsort(-sizes[present], kind="stable")[:count]])
+    table = np.zeros(len(sizes), labels.dtype)
+    table[kept] = np.arange(1, len(kept) + 1)
+    labels[...] = table[labels]
+    return len(present) - len(kept)
+
+
+def write(image: Image, labels: np.ndarray, extension: str, dtype: str, source: str) -> str:
+    """Write a label map on the voxel grid of its image to a temporary file.
+
+    Args:
+        image: the image.
+        labels: (H, W) or (X, Y, Z).
+        extension: .nrrd, .nii, .nii.gz or .png.
+        dtype: of the voxels.
+        source: the image's path, for the message.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ZeroSegError: a volume was asked for as a PNG.
+    """
+    if extension == ".png" and image.is_volume:
+        raise ZeroSegError("a volume's mask cannot be a PNG: use .nrrd or .nii.gz")
+    path = temporary(extension)
+    if extension == image.suffix and dtype == "uint8":
+        return str(write_mask(image, labels, path))
+    affine = image.affine
+    if not image.is_volume:  # as viewers load a picture: one slice, columns first, along ITK's own axes
+        rows, columns = image.pixel_spacing or (1.0, 1.0)
+        labels, affine = labels.T[:, :, None], np.diag([-columns, -rows, 1.0, 1.0])
+    if extension == ".nrrd":
+        write_nrrd(labels.astype(dtype), affine, path)
+    else:
+        nib.save(nib.Nifti1Image(labels.astype(dtype), affine), path)
+    return path
+
+
+def write_nrrd(labels: np.ndarray, affine: np.ndarray, path: str) -> None:
+    """Write (X, Y, Z) with its affine, voxel index -> RAS mm, as NRRD in the LPS space of ITK."""
+    volume = sitk.GetImageFromArray(labels.T)
+    axes = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    volume.SetSpacing(spacing.tolist())
+    volume.SetDirection((axes / spacing).ravel().tolist())
+    volume.SetOrigin((np.diag([-1.0, -1.0, 1.0]) @ affine[:3, 3]).tolist())
+    sitk.WriteImage(volume, path, useCompression=True)
+
+
+def only_slice(entry: OpenImage, options: dict[str, Any]) -> int | None:
+    """The slice an ``extent`` of "slice" means: number ``slice``, or the middle one for -1; None for the whole volume."""
+    if options["extent"] == "volume" or not entry.image.is_volume:
+        return None
+    return options["slice"] if options["slice"] != -1 else entry.image.shape[2] // 2

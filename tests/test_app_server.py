@@ -1,0 +1,333 @@
+"""A real server process, and the client 3D Slicer uses."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+
+pytest.importorskip("monailabel")
+
+from monailabel.client.client import MONAILabelClient, MONAILabelClientException
+
+from phantom_studies import CLICK, OBJECT, SHAPE, oblique, write_studies
+from serving import serving
+from soak import soak
+from zeroseg.io import find_cases, read_image
+
+SMALL = ("--resolution", "128")  # a quarter of the embedded model's own side: quick, coarser
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with serving(write_studies(folder / "studies"), folder, *SMALL) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory) -> MONAILabelClient:
+    return MONAILabelClient(server.url, str(tmp_path_factory.mktemp("client")))
+
+
+def mask_of(path: str):
+    """The mask a client received, as read by the bundle: labels and affine."""
+    image = read_image(find_cases(path)[0])
+    return image.array[0].astype(np.uint8), image.affine
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / max(1, np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def the_object() -> np.ndarray:
+    mask = np.zeros(SHAPE, bool)
+    mask[OBJECT] = True
+    return mask
+
+
+def test_info_holds_what_the_viewers_panels_need(client):
+    info = client.info()
+    models = info["models"]
+    types = {name: m["type"] for name, m in models.items()}
+    assert types.items() >= {"segments": "segmentation", "points": "deepgrow", "text": "segmentation"}.items()
+    for model in models.values():
+        assert model["dimension"] == 3 and model["labels"] and all(isinstance(v, int) for v in model["labels"].values())
+        for value in model[
+            "config"
+        ].values():  # what OHIF and 3D Slicer can draw: combo boxes of strings, or single values
+            assert isinstance(value, (bool, int, float, str)) or all(isinstance(entry, str) for entry in value)
+    assert list(models["segments"]["labels"])[:2] == ["segment_01", "segment_02"]
+    assert models["text"]["config"]["text"] == ""
+    assert set(info["labels"]) >= {"segment_01", "segment_16", "target"}
+
+
+@pytest.mark.parametrize("image", ["flipped", "oblique", "scan", "series"])
+def test_a_click_gives_the_object_under_it_on_the_viewers_grid(client, image):
+    path, params = client.infer("points", image, {"foreground": [CLICK], "background": [], "result_extension": ".nrrd"})
+    labels, affine = mask_of(path)
+    assert labels.shape == SHAPE and labels[tuple(CLICK)] == 1 and set(np.unique(labels)) == {0, 1}
+    assert dice(labels > 0, the_object()) > 0.7
+    if image == "oblique":
+        np.testing.assert_allclose(affine, oblique(), atol=1e-4)
+    if image == "flipped":
+        np.testing.assert_allclose(affine, np.diag([-1.5, 1.2, 3.0, 1.0]), atol=1e-5)
+    assert not labels[:, :, 0].any()  # it ends where the object does
+    assert params["label_names"] == {"segment_01": 1} and params["absent"] is False and len(params["scores"]) == 1
+    assert params["backbone"]["source"] == "embedded" and len(params["backbone"]["sha256"]) == 64
+    assert params["seconds"]["total"] > 0
+
+
+def test_a_second_click_is_answered_from_memory(client):
+    client.infer("points", "photo", {"foreground": [[14, 28, 0]], "background": []})
+    _, params = client.infer("points", "photo", {"foreground": [[15, 27, 0]], "background": [[2, 2, 0]]})
+    assert "encode" not in params["seconds"] and params["seconds"]["total"] < 0.5  # 0.03 s on a free core
+
+
+def test_one_slice_can_be_asked_for(client):
+    path, _ = client.infer("points", "flipped", {"foreground": [CLICK], "extent": "slice", "result_extension": ".nrrd"})
+    labels, _ = mask_of(path)
+    assert set(np.flatnonzero(labels.any((0, 1)))) == {CLICK[2]}
+    path, params = client.infer("segments", "flipped", {"extent": "slice", "slice": 1, "result_extension": ".nrrd"})
+    labels, _ = mask_of(path)
+    assert set(np.flatnonzero(labels.any((0, 1)))) == {1} and params["select"] == "segments"
+
+
+def test_segments_of_a_volume_are_those_declared(client):
+    path, params = client.infer("segments", "oblique", {"max_segments": 4})
+    labels, affine = mask_of(path)
+    values = set(np.unique(labels)) - {0}
+    assert path.endswith(".nii.gz") and len(values) >= 2 and max(values) <= 16
+    assert set(params["label_names"].values()) == values
+    np.testing.assert_allclose(affine, oblique(), atol=1e-4)
+
+
+def test_pictures_are_segmented_too(client):
+    path, params = client.infer("segments", "photo", {"select": "auto"})
+    labels, _ = mask_of(path)
+    assert path.endswith(".png") and labels.shape == (40, 48) and params["select"] == "auto"
+    path, _ = client.infer("points", "picture", {"foreground": [[28, 56, 0]], "background": []})
+    labels, _ = mask_of(path)
+    assert path.endswith(".png") and labels.shape == (80, 96) and labels[56, 28] == 1  # PNG: JPEG would blur labels
+    path, _ = client.infer("points", "photo", {"foreground": [[14, 28, 0]], "result_extension": ".nrrd"})
+    labels, _ = mask_of(path)
+    assert labels.shape == (48, 40, 1) and labels[14, 28, 0] == 1  # as OHIF and 3D Slicer see a picture: (i, j, k)
+
+
+def test_a_text_is_found_or_said_to_be_absent(client):
+    """Which of the two a text gets is the model's affair; that the user is told is the app's."""
+    sure, unsure = {"text": "bright square", "certainty": -1e6}, {"text": "bright square", "certainty": 1e6}
+    outcomes = []
+    for options in (sure, unsure):
+        try:
+            _, params = client.infer("text", "photo", options)
+            outcomes.append(params["label_names"])
+        except MONAILabelClientException as error:
+            outcomes.append(error.msg)
+    assert "Status: 422" in outcomes[1] and "absent" in outcomes[1] and "bright square" in outcomes[1]
+    if isinstance(outcomes[0], str):
+        assert "absent" in outcomes[0]  # no gain at all: absent whatever the certainty asked for
+    else:
+        assert outcomes[0] == {"bright square": 1}
+    path, params = client.infer("text", "photo", {**unsure, "absent": "empty mask"})
+    assert params["absent"] is True and params["label_names"] == {} and not mask_of(path)[0].any()
+
+
+def test_a_session_and_an_uploaded_file_are_images_as_well(client, server):
+    image = str(Path(server.log.parent) / "studies" / "oblique.nii.gz")
+    session = client.create_session(image)["session_id"]
+    path, _ = client.infer("points", "", {"foreground": [CLICK]}, session_id=session)
+    assert mask_of(path)[0][tuple(CLICK)] == 1
+    client.remove_session(session)
+    path, _ = client.infer("points", "", {"foreground": [CLICK]}, file=image)
+    assert mask_of(path)[0][tuple(CLICK)] == 1
+
+
+def test_a_label_is_saved_and_comes_back(client):
+    path, _ = client.infer("points", "scan", {"foreground": [CLICK], "result_extension": ".nrrd"})
+    saved = client.save_label("scan", path, "final", {"label_info": [{"name": "lesion", "idx": 1}]})
+    assert saved["label"] == "scan"
+    back = client.download_label("scan", "final")
+    np.testing.assert_array_equal(mask_of(back)[0], mask_of(path)[0])
+    assert client.datastore()["objects"]["scan"]["labels"]["final"]["info"]["label_info"][0]["name"] == "lesion"
+    assert client.next_sample("random", {})["id"] != "scan"
+
+
+def test_a_batch_segments_all_images_and_survives_one_it_cannot_read(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batch")
+    studies = write_studies(folder / "studies")
+    for name in ("long.nii.gz", "oblique.nii.gz", "scan.nrrd"):
+        (studies / name).unlink()
+    (studies / "broken.nii.gz").write_bytes(b"no image")
+    with serving(studies, folder, *SMALL) as running:
+        options = {"max_segments": 3, "extent": "slice", "label_tag": "original"}
+        answer = requests.post(f"{running.url}/batch/infer/segments?images=all", json=options)
+        assert answer.status_code == 200, answer.text
+        deadline = time.monotonic() + 120
+        while (status := requests.get(f"{running.url}/batch/infer").json())["status"] in ("SUBMITTED", "RUNNING"):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.5)
+        assert status["status"] == "DONE", status
+        deadline = time.monotonic() + 10  # the server sees the other process's labels by watching the folder
+        while time.monotonic() < deadline:
+            objects = requests.get(f"{running.url}/datastore/?output=all").json()["objects"]
+            labelled = {name for name, entry in objects.items() if "original" in entry["labels"]}
+            if len(labelled) == 4:
+                break
+            time.sleep(0.5)
+        assert labelled == {"flipped", "series", "photo", "picture"}
+        assert running.alive()
+
+
+def test_the_server_answers_while_it_infers(server):
+    answers = []
+
+    def long() -> None:
+        answers.append(requests.post(f"{server.url}/infer/segments?image=long&output=json", data={"params": "{}"}))
+
+    job = threading.Thread(target=long)
+    job.start()
+    time.sleep(0.3)
+    waits = {path: [] for path in ("/info/", "/ohif/", "/datastore/")}
+    while job.is_alive() and len(waits["/info/"]) < 50:
+        for path, seconds in waits.items():
+            start = time.perf_counter()
+            assert requests.get(server.url + path).status_code == 200
+            seconds.append(time.perf_counter() - start)
+    assert len(waits["/info/"]) >= 10, "the job was over too soon to say anything"
+    assert all(np.quantile(seconds, 0.95) < 0.3 for seconds in waits.values()), waits
+    job.join()
+    assert answers[0].status_code == 200
+
+
+def test_a_client_that_leaves_frees_the_server(server):
+    """The long job of a client that has gone stops at the next slice; else the click behind it would wait for all of them."""
+    with pytest.raises(requests.exceptions.ReadTimeout):
+        requests.post(
+            f"{server.url}/infer/segments?image=long&output=json",
+            data={"params": json.dumps({"max_segments": 15})},
+            timeout=1,
+        )
+    start = time.perf_counter()
+    answer = requests.post(
+        f"{server.url}/infer/points?image=photo&output=json", data={"params": '{"foreground": [[14, 28, 0]]}'}
+    )
+    assert answer.status_code == 200 and time.perf_counter() - start < 4
+
+
+def test_a_short_soak_fails_no_request(server):
+    report = soak(server.url, clients=8, seconds=15, pid=server.process.pid)
+    assert report["failed"] == 0 and report["requests"] > 50, report
+    assert report["info_p95_seconds"] < 0.3, report
+    assert report["memory_growth_mb"] < 200, report
+
+
+CLICKS = json.dumps({"foreground": [CLICK]})
+BAD = {
+    "unknown model": ("POST", "/infer/nothing?image=photo", {"data": {"params": "{}"}}),
+    "unknown image": ("POST", "/infer/points?image=nothing", {"data": {"params": CLICKS}}),
+    "no image": ("POST", "/infer/points", {"data": {"params": CLICKS}}),
+    "path as image": ("POST", "/infer/points?image=/etc/passwd", {"data": {"params": CLICKS}}),
+    "path upwards": ("POST", "/infer/points?image=../../etc/passwd", {"data": {"params": CLICKS}}),
+    "encoded path upwards": ("POST", "/infer/points?image=..%2f..%2fetc%2fpasswd", {"data": {"params": CLICKS}}),
+    "path in params": ("POST", "/infer/points?image=photo", {"data": {"params": '{"image": "/etc/passwd"}'}}),
+    "params not JSON": ("POST", "/infer/points?image=photo", {"data": {"params": "{"}}),
+    "params a list": ("POST", "/infer/points?image=photo", {"data": {"params": "[1]"}}),
+    "params a number": ("POST", "/infer/points?image=photo", {"data": {"params": "7"}}),
+    "no click": ("POST", "/infer/points?image=photo", {"data": {"params": "{}"}}),
+    "click outside": ("POST", "/infer/points?image=oblique", {"data": {"params": '{"foreground": [[99, 1, 1]]}'}}),
+    "click below zero": ("POST", "/infer/points?image=oblique", {"data": {"params": '{"foreground": [[-1, 1, 1]]}'}}),
+    "click on slice 3 of a picture": ("POST", "/infer/points?image=photo", {"data": {"params": CLICKS}}),
+    "click of words": ("POST", "/infer/points?image=photo", {"data": {"params": '{"foreground": [["a", "b"]]}'}}),
+    "click of one number": ("POST", "/infer/points?image=photo", {"data": {"params": '{"foreground": [[1]]}'}}),
+    "clicks no list": ("POST", "/infer/points?image=photo", {"data": {"params": '{"foreground": "here"}'}}),
+    "background only": ("POST", "/infer/points?image=photo", {"data": {"params": '{"background": [[1, 1, 0]]}'}}),
+    "box inside out": ("POST", "/infer/points?image=photo", {"data": {"params": '{"box": [9, 9, 1, 1]}'}}),
+    "box of words": ("POST", "/infer/points?image=photo", {"data": {"params": '{"box": "all"}'}}),
+    "no text": ("POST", "/infer/text?image=photo", {"data": {"params": "{}"}}),
+    "text a number": ("POST", "/infer/text?image=photo", {"data": {"params": '{"text": 5}'}}),
+    "certainty no number": ("POST", "/infer/text?image=photo", {"data": {"params": '{"text": "x", "certainty": "?"}'}}),
+    "unknown select": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"select": "magic"}'}}),
+    "unknown refine": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"refine": "magic"}'}}),
+    "threshold of words": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"threshold": "high"}'}}),
+    "threshold below zero": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"threshold": "-1"}'}}),
+    "slice outside": (
+        "POST",
+        "/infer/segments?image=oblique",
+        {"data": {"params": '{"extent": "slice", "slice": 99}'}},
+    ),
+    "too many segments": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"max_segments": 1000}'}}),
+    "unknown extension": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"result_extension": ".exe"}'}}),
+    "path as extension": ("POST", "/infer/segments?image=photo", {"data": {"params": '{"result_extension": "/../x"}'}}),
+    "volume as PNG": (
+        "POST",
+        "/infer/points?image=oblique",
+        {"data": {"params": json.dumps({"foreground": [CLICK], "result_extension": ".png"})}},
+    ),
+    "path as tag": (
+        "POST",
+        "/infer/segments?image=photo",
+        {"data": {"params": '{"save_label": true, "label_tag": "../x"}'}},
+    ),
+    "unknown output": ("POST", "/infer/points?image=photo&output=magic", {"data": {"params": CLICKS}}),
+    "DICOM SEG of a folder": ("POST", "/infer/segments?image=photo&output=dicom_seg", {"data": {"params": "{}"}}),
+    "broken file": ("POST", "/infer/segments", {"files": {"file": ("a.nii.gz", b"no image")}}),
+    "empty file": ("POST", "/infer/segments", {"files": {"file": ("a.png", b"")}}),
+    "file of no image": ("POST", "/infer/segments", {"files": {"file": ("a.exe", b"MZ")}}),
+    "unknown session": ("POST", "/infer/segments?session_id=nothing", {"data": {"params": "{}"}}),
+    "path as session": ("GET", "/session/..%2f..%2fetc", {}),
+    "session not there": ("DELETE", "/session/nothing", {}),
+    "session of a broken archive": ("PUT", "/session/?uncompress=true", {"files": {"files": ("a.zip", b"no archive")}}),
+    "session of nothing": ("PUT", "/session/", {}),
+    "image not there": ("GET", "/datastore/image?image=nothing", {}),
+    "path of an upload": ("PUT", "/datastore/image?image=../../x", {"files": {"file": ("a.png", b"x")}}),
+    "label of no image": ("PUT", "/datastore/label?image=nothing", {"files": {"label": ("a.nrrd", b"x")}}),
+    "path as label's tag": ("PUT", "/datastore/label?image=photo&tag=../x", {"files": {"label": ("a.nrrd", b"x")}}),
+    "label not there": ("GET", "/datastore/label?label=nothing&tag=final", {}),
+    "removing what is not there": ("DELETE", "/datastore/image?id=nothing", {}),
+    "info not JSON": ("PUT", "/datastore/image/info?image=photo", {"data": {"info": "{"}}),
+    "batch of an unknown model": ("POST", "/batch/infer/nothing", {"json": {}}),
+    "batch of unknown images": ("POST", "/batch/infer/segments?images=some", {"json": {}}),
+    "unknown strategy": ("POST", "/activelearning/nothing", {"json": {}}),
+    "training": ("POST", "/train/segments", {"json": {}}),
+    "proxy without a DICOM server": ("GET", "/proxy/dicom/qido/studies", {}),
+    "nowhere": ("GET", "/nowhere", {}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_answered_with_a_reason(server, case):
+    method, path, rest = BAD[case]
+    answer = requests.request(method, server.url + path, timeout=60, **rest)
+    assert 400 <= answer.status_code < 500 or answer.status_code == 503, (case, answer.status_code, answer.text)
+    detail = answer.json()["detail"]
+    assert detail and "Traceback" not in str(detail) and str(server.log.parent) not in str(detail), detail
+
+
+def test_ohif_is_served_with_its_files_and_shows_the_servers_reasons(server):
+    for path in ("/ohif/", "/ohif/monai-label?StudyInstanceUIDs=1.2"):
+        page = requests.get(server.url + path)
+        assert page.status_code == 200 and "zeroseg-message" in page.text and "app.bundle" in page.text
+    script = requests.get(f"{server.url}/ohif/app-config.js")
+    assert script.status_code == 200 and "window.config" in script.text
+    assert "<html" not in requests.get(f"{server.url}/ohif/assets/android-chrome-192x192.png").text[:300]
+
+
+def test_the_server_is_alive_after_all_that(server):
+    assert server.alive()
+    assert not (server.log.parent.parent / "x").exists()
+    assert "Traceback" not in server.log.read_text() or "Internal Server Error" not in server.log.read_text()
+
+
+def test_missing_weights_are_a_503_with_the_reason(tmp_path):
+    studies = write_studies(tmp_path / "studies")
+    with serving(studies, tmp_path, "--backbone", str(tmp_path / "nowhere")) as running:
+        answer = requests.post(f"{running.url}/infer/segments?image=photo", data={"params": "{}"})
+        assert answer.status_code == 503 and "nowhere" in answer.json()["detail"]
+        assert running.alive()
+        assert not list(Path(running.log.parent).glob("**/.env"))
