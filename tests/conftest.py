@@ -90,6 +90,22 @@ def embedded_backbone():
     return StableDiffusionBackbone(device="cpu").load()
 
 
+@pytest.fixture(scope="session")
+def tiny_tumor_model(tmp_path_factory) -> Path:
+    """Folder of a tiny random model in the layout of ``bundle/models/tumor``."""
+    from tumor_model import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tumor") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_maisi(tiny_tumor_model):
+    """Its backbone, loaded; shared, because nothing in it ever changes."""
+    from zeroseg.backbones.maisi import MaisiBackbone
+
+    return MaisiBackbone(tiny_tumor_model, device="cpu").load()
+
+
 @pytest.fixture
 def disc():
     """A bright disc on a dark, slightly noisy ground: (3, 96, 96) float32 in [0, 1] and its (96, 96) bool mask."""

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from bad_inputs import OBLIQUE, bundled, ct_series, gray, write_nifti, write_odd
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import Image, atomic_path, find_cases, read_image, write_confidence, write_mask
+from zeroseg.io import Image, atomic_path, find_cases, read_image, write_confidence, write_map, write_mask
 
 GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -211,3 +211,22 @@ def test_a_read_only_folder(tmp_path):
     with pytest.raises(ZeroSegError, match="permissions"), atomic_path(tmp_path / "x.txt") as temporary:
         temporary.write_text("x")
     tmp_path.chmod(0o700)
+
+
+def test_maps_keep_their_range(tmp_path):
+    values = np.random.default_rng(0).normal(0, 900, (5, 6, 7)).astype(np.float32)
+    write_nifti(tmp_path / "in.nii.gz", np.zeros((5, 6, 7), np.int16), OBLIQUE)
+    volume = write_map(read(tmp_path / "in.nii.gz"), values, tmp_path / "in_aova")
+    assert volume.name == "in_aova.nii.gz"
+    assert_same_geometry(tmp_path / "in.nii.gz", volume)
+    np.testing.assert_array_equal(np.asarray(nib.load(volume).dataobj), values)
+    PILImage.fromarray(gray()).save(tmp_path / "flat.png")
+    image = read(tmp_path / "flat.png")
+    flat = np.random.default_rng(1).normal(0, 900, image.shape).astype(np.float32)
+    picture = write_map(image, flat, tmp_path / "flat_aova")
+    assert picture.name == "flat_aova.tif"
+    np.testing.assert_array_equal(np.asarray(PILImage.open(picture)), flat)
+    with pytest.raises(ValueError, match="not finite"):
+        write_map(image, np.full(image.shape, np.nan), tmp_path / "bad")
+    with pytest.raises(ValueError, match="has shape"):
+        write_map(image, flat[1:], tmp_path / "bad")

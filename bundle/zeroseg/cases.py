@@ -32,12 +32,16 @@ from zeroseg.io import (
     write_confidence,
     write_dicom_seg,
     write_json,
+    write_map,
     write_mask,
 )
 
 logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("select", "points", "labels", "box", "text")
+TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality")
+MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
+"""DICOM's names -> those of ``zeroseg.tumor``."""
 
 
 class CaseDataset(Dataset):
@@ -72,8 +76,12 @@ class CaseDataset(Dataset):
         return read_image(self.cases[index])
 
 
-def load_prompts(path: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
+def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_KEYS) -> dict[str, dict[str, Any]]:
     """Read ``prompts.json``: case stem -> keyword arguments of ``predict``.
+
+    Args:
+        path: of the file, or None.
+        keys: the arguments that may be given.
 
     Raises:
         ZeroSegError: the file is missing or not of that form.
@@ -88,11 +96,11 @@ def load_prompts(path: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise ZeroSegError(f"prompts {path.name} is not valid JSON: {error}") from error
     if not isinstance(prompts, dict) or not all(isinstance(v, dict) for v in prompts.values()):
-        raise ZeroSegError(f'prompts {path.name} must map case names to prompts: {{"case": {{"points": [[x, y]]}}}}')
+        raise ZeroSegError(f'prompts {path.name} must map case names to prompts: {{"case": {{"{keys[-1]}": ...}}}}')
     for stem, entry in prompts.items():
-        unknown = sorted(set(entry) - set(PROMPT_KEYS))
+        unknown = sorted(set(entry) - set(keys))
         if unknown:
-            raise ZeroSegError(f"prompts {path.name}, {stem}: unknown key {unknown[0]!r}; use {', '.join(PROMPT_KEYS)}")
+            raise ZeroSegError(f"prompts {path.name}, {stem}: unknown key {unknown[0]!r}; use {', '.join(keys)}")
     return prompts
 
 
@@ -112,6 +120,8 @@ class CaseRunner:
         window: (center, width) for intensities, see ``to_unit_range``.
         dicom_seg: write DICOM SEG for DICOM input.
     """
+
+    prompt_keys = PROMPT_KEYS
 
     def __init__(
         self,
@@ -160,7 +170,7 @@ class CaseRunner:
                 "output_dir is the input folder: give another one, or the next run would segment the results"
             )
         self.dataset.exclude = output
-        prompts = load_prompts(self.prompts)
+        prompts = load_prompts(self.prompts, self.prompt_keys)
         self.inferer.check()
         cases = self.dataset.cases
         try:
@@ -203,10 +213,8 @@ class CaseRunner:
             entry["inputs"] = [{"file": p.name, "sha256": file_sha256(p)} for p in case.paths]
             image = read_image(case)
             unit = to_unit_range(image, self.window)
-            if self.text is not None and not {"points", "box", "text"} & set(prompt):
-                prompt = {**prompt, "text": self.text}
-            entry["prompt"] = prompt
-            result = self.inferer.segment(unit, **prompt)
+            entry["prompt"] = prompt = self._prompt(image, prompt)
+            result = self._segment(image, unit, prompt)
             entry["files"], notes = self._write(case, image, unit, result, prompt, output)
             entry.update(
                 status="done",
@@ -235,6 +243,16 @@ class CaseRunner:
             entry["reason"] = "not enough memory for this case: use a smaller resolution, or --device cpu"
         return entry
 
+    def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
+        """The prompt of a case, completed by what holds for all cases."""
+        if self.text is not None and not {"points", "box", "text"} & set(prompt):
+            return {**prompt, "text": self.text}
+        return prompt
+
+    def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
+        """The result for a case; ``unit`` is the image in [0, 1]."""
+        return self.inferer.segment(unit, **prompt)
+
     def _write(
         self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path
     ) -> tuple[list[str], list[str]]:
@@ -244,7 +262,7 @@ class CaseRunner:
         title = f"absent: {result.details.get('text', '')}" if result.absent else None
         if image.is_volume:
             picture = overlay_slices(
-                unit, result.labels, axis=self.inferer.slice_axis % 3, affine=image.affine, title=title
+                unit, result.labels, axis=getattr(self.inferer, "slice_axis", -1) % 3, affine=image.affine, title=title
             )
         else:
             kinds = prompt.get("labels")
@@ -269,3 +287,67 @@ class CaseRunner:
             except ZeroSegError as error:
                 notes.append(f"no DICOM SEG: {error}")
         return files, notes
+
+
+class TumorCaseRunner(CaseRunner):
+    """``CaseRunner`` for ``zeroseg.tumor``: the inferer gets the scan's own values and geometry, and evidence is
+    written too.
+
+    Further files per case, as far as their stages ran: ``<stem>_aova``, ``<stem>_healthy``, ``<stem>_pixel_residual``
+    and ``<stem>_feature_residual`` (float32: NIfTI, or TIFF for 2-D images). Doubts about a case, such as values that
+    do not fit its modality, are printed and noted in the manifest. ``prompts.json`` takes ``organ``, ``tumor`` and
+    ``modality``.
+
+    Args:
+        inferer: a ``TumorSegmentationInferer``.
+        evidence: write the evidence.
+        other arguments: as ``CaseRunner``; ``window`` only concerns the overlay.
+    """
+
+    prompt_keys = TUMOR_PROMPT_KEYS
+
+    def __init__(
+        self,
+        inferer: Any,
+        dataset: CaseDataset,
+        output_dir: str | os.PathLike | None,
+        prompts: str | os.PathLike | None = None,
+        window: tuple[float, float] | None = None,
+        dicom_seg: bool = True,
+        evidence: bool = True,
+    ):
+        super().__init__(inferer, dataset, output_dir, prompts, window=window, dicom_seg=dicom_seg)
+        self.evidence = evidence
+
+    def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
+        modality = prompt.get("modality") or self.inferer.modality or MODALITIES.get(image.modality or "")
+        own = {"organ": self.inferer.organ, "tumor": self.inferer.tumor} if "organ" not in prompt else {"tumor": None}
+        return {**own, **prompt, "modality": modality}
+
+    def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
+        if image.is_volume:
+            return self.inferer.segment(image.array, affine=image.affine, **prompt)
+        result = self.inferer.segment(image.array[..., None], affine=_picture_affine(image), **prompt)
+        result.labels, result.confidence = result.labels[..., 0], result.confidence[..., 0]
+        result.evidence = {name: values[..., 0] for name, values in result.evidence.items()}
+        return result
+
+    def _write(
+        self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path
+    ) -> tuple[list[str], list[str]]:
+        files, notes = super()._write(case, image, unit, result, {}, output)
+        for name, values in result.evidence.items() if self.evidence else ():
+            files.append(write_map(image, values, output / f"{case.stem}_{name}").name)
+        doubts = result.details.pop("notes", [])
+        for doubt in doubts:
+            tqdm.write(f"zeroseg: {case.stem}: warning: {doubt}", file=sys.stderr)
+        return files, [*notes, *doubts]
+
+
+def _picture_affine(image: Image) -> np.ndarray | None:
+    """(row, column) -> RAS mm of a slice shown the radiological way: the patient's right on the left, anterior on
+    top."""
+    if image.spacing is None:
+        return None
+    row, column = image.spacing
+    return np.array([[0, -column, 0, 0], [-row, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=float)

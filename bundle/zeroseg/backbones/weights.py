@@ -19,13 +19,21 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
-def resolve_folder(source: str | Path, embedded: str = "attention", revision: str | None = None) -> Path:
+def resolve_folder(
+    source: str | Path,
+    embedded: str = "attention",
+    revision: str | None = None,
+    what: str = "backbone",
+    form: str = "a saved diffusers pipeline",
+) -> Path:
     """The local folder that holds the weights ``source`` names.
 
     Args:
         source: ``"embedded"``, a local folder, or a hub id ``owner/name``; only the last may use the network.
         embedded: the folder below ``bundle/models`` that ``"embedded"`` stands for.
         revision: branch, tag or commit of a hub id. Required there, so that a result can be reproduced.
+        what: the name of the model in messages.
+        form: what the folder must be, in messages.
 
     Raises:
         WeightsError: the folder does not exist, or the hub id lacks a revision or cannot be fetched.
@@ -41,10 +49,10 @@ def resolve_folder(source: str | Path, embedded: str = "attention", revision: st
     if name and folder.is_dir():
         return folder
     if not _HUB_ID.match(name) or name.startswith("."):
-        msg = f"backbone {name!r} is neither an existing folder nor a hub id (owner/name): give the folder of a saved diffusers pipeline"
+        msg = f"{what} {name!r} is neither an existing folder nor a hub id (owner/name): give the folder of {form}"
         raise WeightsError(msg)
     if revision is None:
-        msg = f"backbone {name!r} is no local folder; to fetch it from the hub, name a revision (commit, tag or branch) as well"
+        msg = f"{what} {name!r} is no local folder; to fetch it from the hub, name a revision (commit, tag or branch) as well"
         raise WeightsError(msg)
     from huggingface_hub import snapshot_download
 
@@ -52,7 +60,7 @@ def resolve_folder(source: str | Path, embedded: str = "attention", revision: st
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         msg = (
-            f"cannot fetch backbone {name!r} at revision {revision!r} ({type(error).__name__}): "
+            f"cannot fetch {what} {name!r} at revision {revision!r} ({type(error).__name__}): "
             "check the name and the network, or copy the folder here and give its path"
         )
         raise WeightsError(msg) from error

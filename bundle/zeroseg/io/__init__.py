@@ -7,7 +7,7 @@ from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
 from zeroseg.io.reading import Image, read_image
-from zeroseg.io.writing import atomic_path, write_confidence, write_mask
+from zeroseg.io.writing import atomic_path, write_confidence, write_map, write_mask
 
 __all__ = [
     "Case",
@@ -25,5 +25,6 @@ __all__ = [
     "write_confidence",
     "write_dicom_seg",
     "write_json",
+    "write_map",
     "write_mask",
 ]

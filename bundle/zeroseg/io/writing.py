@@ -101,12 +101,34 @@ def write_confidence(image: Image, confidence: np.ndarray, path: str | os.PathLi
     return _write(image, confidence, path, intent="none")
 
 
-def _write(image: Image, data: np.ndarray, path: str | os.PathLike, intent: str) -> Path:
-    path = Path(path)
+def write_map(image: Image, values: np.ndarray, stem: str | os.PathLike) -> Path:
+    """Write a map of any range: volumes as NIfTI float32 in the input's geometry, 2-D images as float32 TIFF.
+
+    Args:
+        image: the image the map belongs to.
+        values: (H, W) or (X, Y, Z) float, of shape ``image.shape``.
+        stem: target without its extension, which is added: ``.nii.gz`` or ``.tif``.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ZeroSegError: the folder cannot be written to.
+        ValueError: the shape does not fit, or a value is not finite.
+    """
+    values = np.asarray(values, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("the map holds values that are not finite")
+    suffix = image.suffix if image.is_volume else ".tif"
+    return _write(image, values, f"{stem}{suffix}", intent="none", suffix=suffix)
+
+
+def _write(image: Image, data: np.ndarray, path: str | os.PathLike, intent: str, suffix: str | None = None) -> Path:
+    path, suffix = Path(path), suffix or image.suffix
     if data.shape != image.shape:
         raise ValueError(f"the map has shape {data.shape}, its image {image.shape}")
-    if not path.name.endswith(image.suffix):
-        raise ValueError(f"{path.name}: must end in {image.suffix}")
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{path.name}: must end in {suffix}")
     with atomic_path(path) as temporary:
         if image.is_volume:
             nib.save(_nifti(image, data, intent), temporary)

@@ -1,0 +1,134 @@
+"""A frozen text encoder: any ``transformers`` encoder folder or hub id, the embedded small one by default."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeroseg.backbones.diffusion import pick_device
+from zeroseg.backbones.weights import EMBEDDED, MODELS, fingerprint, resolve_folder, verify_sums
+from zeroseg.errors import WeightsError, ZeroSegError
+
+POOLINGS = ("cls", "mean")
+
+
+class TextEncoder:
+    """Sentences to unit-length vectors, by an encoder whose weights never change.
+
+    The paper's encoder is unknown; a third-party account uses Bio_ClinicalBERT and its [CLS] state. Both choices are
+    followed here as defaults of shape, not of weights: the embedded encoder is a two-layer BERT trained on the prompt
+    grammar of ``zeroseg.tumor.prompts`` alone. It knows only that grammar's words; what else is said becomes [UNK].
+
+    The weights load on first use, once. Adapters are trained with one text encoder and fit only that one.
+
+    Args:
+        source: ``"embedded"``, a folder as ``save_pretrained`` writes it (safetensors), or a hub id (then ``revision``
+            is required).
+        revision: of a hub id.
+        device: auto, or as torch spells it.
+        pooling: ``cls``, the first token's state, or ``mean`` over the tokens.
+    """
+
+    def __init__(
+        self, source: str | Path = EMBEDDED, revision: str | None = None, device: str = "auto", pooling: str = "cls"
+    ):
+        self.source, self.revision, self.pooling = str(source), revision, pooling
+        self._device_name = device
+        self._lock = threading.RLock()
+        self._loaded = False
+
+    def load(self) -> TextEncoder:
+        """Load the weights unless they are; safe to call from several threads.
+
+        Raises:
+            WeightsError: the folder is missing, incomplete, damaged, or holds pickles.
+            ZeroSegError: a setting is wrong.
+        """
+        with self._lock:
+            if not self._loaded:
+                self._load()
+                self._loaded = True
+        return self
+
+    def _load(self) -> None:
+        import transformers
+
+        if self.pooling not in POOLINGS:
+            raise ZeroSegError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        self.device = pick_device(self._device_name)
+        if self.source == EMBEDDED:
+            folder = MODELS / "tumor" / "text"
+            if not folder.is_dir():
+                raise WeightsError(
+                    "the embedded text encoder is missing in models/tumor/text: restore that folder of the bundle"
+                )
+            sums = verify_sums(folder.parent)  # one list covers the whole embedded folder
+            self.weights = {n: h for n, h in sums.items() if n.startswith("text/")}
+        else:
+            folder = resolve_folder(
+                self.source, revision=self.revision, what="text encoder", form="a saved transformers encoder"
+            )
+            self.weights = verify_sums(folder)
+        self.name = self.source if self.source == EMBEDDED else folder.name
+        if not self.weights:
+            raise WeightsError(
+                f"text encoder {self.name} holds no .safetensors file: pickle weights are refused; save it with save_pretrained"
+            )
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise WeightsError(f"cannot load the text encoder in {self.name}: {first}") from error
+        if not hasattr(model.config, "hidden_size"):
+            raise WeightsError(f"{self.name} is no text encoder (no hidden_size): give a BERT-like transformers folder")
+        self.model = model.to(self.device, torch.float32).eval().requires_grad_(False)
+        self.fingerprint = fingerprint(self.weights)
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        self.load()
+        return int(self.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> Tensor:
+        """Sentences -> (n, dim) float32 of length 1. Words the tokenizer does not know count as [UNK]; too long ones
+        are cut."""
+        self.load()
+        limit = min(512, int(getattr(self.model.config, "max_position_embeddings", 512)))
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        tokens = tokens.to(self.device)
+        states = self.model(**tokens).last_hidden_state.float()
+        if self.pooling == "cls":
+            return F.normalize(states[:, 0], dim=-1)
+        weight = tokens["attention_mask"][..., None].float()
+        return F.normalize((states * weight).sum(1) / weight.sum(1).clamp_min(1), dim=-1)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the tokenizer does not know at all, in order.
+
+        Tokenizers with sub-words know nearly everything in pieces: this is evidence of ignorance, never of knowledge.
+        """
+        self.load()
+        words = text.split()
+        tokens = [self.tokenizer(word, add_special_tokens=False).input_ids for word in words]
+        unknown = self.tokenizer.unk_token_id
+        return [word for word, ids in zip(words, tokens, strict=True) if all(i == unknown for i in ids)]
+
+    def describe(self) -> dict:
+        """What a manifest records of the encoder."""
+        self.load()
+        return {
+            "source": self.name,
+            "revision": self.revision,
+            "sha256": self.fingerprint,
+            "pooling": self.pooling,
+            "dim": self.dim,
+        }

@@ -1,0 +1,282 @@
+"""AOVA: adapters on frozen encoder features, and the attention of every voxel over the prompts (paper section 2.1).
+
+Anomaly-aware open-vocabulary attention. Per encoder stage l:
+
+    F'_l = alpha T_l(F_l) + (1 - alpha) F_l          T_l: two linear layers            (the paper)
+    Q_l = F'_l W_q,  K_l = MLP_l(e) W_k               e: text embeddings of N prompts   (after a third-party account)
+    A_l = softmax over the N prompts of Q_l K_l^T / sqrt(C_l)
+
+These few layers are all of DiffuGTS that is trained with masks; the autoencoder, the diffusion model and the text
+encoder are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROLES = ("normal", "abnormal", "null")
+
+
+@dataclass
+class AovaOutput:
+    """What the adapters say about one volume and one set of prompts.
+
+    Attributes:
+        levels: per stage the (N, X_l, Y_l, Z_l) attention over the prompts; sums to 1 over N.
+        margin: (X, Y, Z) fused log-odds of the abnormal prompts against the normal and null ones.
+        image_logit: scalar log-odds that the volume holds what the abnormal prompts name.
+        pooled: (N, text_dim) per prompt, the features it attends to, pooled and brought into the text's space.
+        null_contrast: scalar log-odds of the abnormal prompts against the null ones alone, over the voxels where they
+            are highest; None without a null prompt. What a prompt explains no better than no prompt is no evidence.
+    """
+
+    levels: tuple[Tensor, ...]
+    margin: Tensor
+    image_logit: Tensor
+    pooled: Tensor
+    null_contrast: Tensor | None = None
+
+    @property
+    def probability(self) -> Tensor:
+        """(X, Y, Z) in [0, 1]; above 0.5 a voxel is better explained by the abnormal prompts than by all others
+        together.
+
+        It is a probability as far as the adapters' training made it one: temperature and bias of the fusion are learned
+        by cross-entropy and Dice against masks, so 0.5 is the decision the training optimised.
+        """
+        return self.margin.sigmoid()
+
+
+def check_roles(roles: Sequence[str], count: int) -> None:
+    """Refuse roles that do not fit the prompts.
+
+    Raises:
+        ValueError: wrong number, an unknown role, or no abnormal or no opposing prompt.
+    """
+    if len(roles) != count:
+        raise ValueError(f"{count} prompts need {count} roles, not {len(roles)}")
+    unknown = set(roles) - set(ROLES)
+    if unknown:
+        raise ValueError(f"unknown role {sorted(unknown)[0]!r}: use {', '.join(ROLES)}")
+    if "abnormal" not in roles or set(roles) == {"abnormal"}:
+        raise ValueError("the prompts need at least one abnormal and one normal or null role")
+
+
+class StageAdapter(nn.Module):
+    """One stage's adapter and its attention over prompts.
+
+    Choices of ZeroSeg, where the paper is silent:
+      * ``T`` sees a voxel's features beside their mean and standard deviation in cubes around it (``context``), because
+        what makes a tumour one is how it differs from its surroundings, and a frozen encoder's early stages hardly look
+        there. ``context=()`` is the paper's plain form.
+      * Features are standardised by fixed statistics (``center``, ``spread``) before anything else, because raw
+        autoencoder features differ in scale by orders of magnitude; they are measured once on training material
+        (``calibrate``).
+      * GELU between the two layers of T; the hidden width is free.
+
+    Args:
+        channels: C_l of the stage.
+        text_dim: of the prompt embeddings.
+        alpha: residual ratio; at 0 the adapted features are the (standardised) input.
+        hidden: width between the two linear layers of T.
+        context: odd sides, in this stage's voxels, of the cubes whose mean and standard deviation T sees.
+    """
+
+    def __init__(self, channels: int, text_dim: int, alpha: float, hidden: int, context: Sequence[int]):
+        super().__init__()
+        self.channels, self.alpha, self.context = channels, alpha, tuple(context)
+        self.register_buffer("center", torch.zeros(channels))
+        self.register_buffer("spread", torch.ones(channels))
+        self.adapt = nn.Sequential(
+            nn.Linear(channels * (1 + 2 * len(self.context)), hidden), nn.GELU(), nn.Linear(hidden, channels)
+        )
+        middle = max(channels, text_dim // 2)
+        self.text = nn.Sequential(
+            nn.Linear(text_dim, middle), nn.GELU(), nn.LayerNorm(middle), nn.Linear(middle, channels)
+        )
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+
+    def calibrate(self, features: Tensor) -> None:
+        """Set ``center`` and ``spread`` to the channel statistics of (1, C, X, Y, Z) or (C, n) features."""
+        flat = features.detach().float().reshape(-1, self.channels, math.prod(features.shape[2:]) or 1)
+        if features.ndim == 2:
+            flat = features.detach().float()[None]
+        self.center.copy_(flat.mean((0, 2)))
+        self.spread.copy_(flat.transpose(0, 1).flatten(1).std(1).clamp_min(1e-6))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """(1, C, X, Y, Z) -> (1, C, X, Y, Z), centred and scaled per channel."""
+        shape = (1, -1, 1, 1, 1)
+        return (features - self.center.view(shape)) / self.spread.view(shape)
+
+    def surroundings(self, features: Tensor) -> Tensor:
+        """(1, C, X, Y, Z) standardised features -> (1, C (1 + 2 cubes), X, Y, Z) with mean and spread of the cubes."""
+        parts = [features]
+        for side in self.context:
+            mean = local_mean(features, side)
+            parts += [mean, (local_mean(features.square(), side) - mean.square()).clamp_min(0).add(1e-4).sqrt()]
+        return torch.cat(parts, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(1, C, X, Y, Z) raw stage features -> (X, Y, Z, C) adapted ones, F'."""
+        plain = self.standardise(features)
+        if self.alpha == 0:
+            return plain[0].movedim(0, -1)
+        adapted = self.adapt(self.surroundings(plain)[0].movedim(0, -1))
+        return self.alpha * adapted + (1 - self.alpha) * plain[0].movedim(0, -1)
+
+    def logits(self, adapted: Tensor, prompts: Tensor) -> Tensor:
+        """(X, Y, Z, C) F' and (N, d) prompts -> (N, X, Y, Z), Q K^T / sqrt(C)."""
+        keys = self.key(self.text(prompts))
+        return (self.query(adapted) @ keys.T / math.sqrt(self.channels)).movedim(-1, 0)
+
+
+def local_mean(features: Tensor, side: int) -> Tensor:
+    """(1, C, X, Y, Z) mean over a cube of odd ``side`` around every voxel, the cube cut off at the borders."""
+    for axis in (2, 3, 4):  # a cube's mean is the mean of lines' means, and those are one matrix product
+        place = torch.arange(features.shape[axis], device=features.device)
+        band = ((place[:, None] - place).abs() <= side // 2).to(features.dtype)
+        band = band / band.sum(1, keepdim=True)
+        features = (features.movedim(axis, -1) @ band.T).movedim(-1, axis)
+    return features
+
+
+class AovaAdapters(nn.Module):
+    """The trainable part of DiffuGTS: three stage adapters, the fusion of their attention, and an image-level head.
+
+    Fusion is ZeroSeg's choice. The paper's account sums the three softmax maps; the sum lies in [0, 3], a sigmoid of it
+    above 0.5 everywhere, and no threshold on it means anything. Here the stages are a product of experts: their logits
+    are resized to full resolution (trilinear), weighted by learned temperatures and added, and one softmax over the
+    prompts is taken of the sum. That keeps a probability over prompts, lets a sure stage outweigh an unsure one, and
+    has its decision at 0.5. A role with several prompts counts as the mean of its members' likelihoods, so adding
+    synonyms does not raise its odds.
+
+    The image-level logit (for the paper's image-level anomaly term) is the mean margin over the ``top`` share of voxels
+    plus a correction by an MLP of the features that the abnormal prompts attend to. ``pooled`` serves the text
+    alignment term.
+
+    Args:
+        channels: of the encoder's stages.
+        text_dim: of the prompt embeddings.
+        alpha: residual ratio of the adapters; unknown in the paper, 0.1 in a third-party account.
+        hidden: width of T per stage as a multiple of its channels.
+        context: per stage, sides of the cubes T also sees; none at full resolution, where they cost most and the
+            coarser stages see further anyway.
+        top: share of the voxels that decide about the image.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32, 64),
+        text_dim: int = 64,
+        alpha: float = 0.1,
+        hidden: int = 4,
+        context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
+        top: float = 0.002,
+    ):
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+        if len(context) != len(channels):
+            raise ValueError("context needs one list of cube sides per stage")
+        self.options = {
+            "channels": list(channels),
+            "text_dim": text_dim,
+            "alpha": alpha,
+            "hidden": hidden,
+            "context": [list(c) for c in context],
+            "top": top,
+        }
+        self.top = top
+        self.fusion: dict[str, dict[str, float]] | None = None  # weights of the residuals' fusion, see residuals.fuse
+        self.sha256: str | None = None  # of the file they were loaded from
+        self.stages = nn.ModuleList(
+            StageAdapter(c, text_dim, alpha, hidden * c, around) for c, around in zip(channels, context, strict=True)
+        )
+        self.pool = nn.ModuleList(nn.Linear(c, text_dim) for c in channels)
+        self.log_temperature = nn.Parameter(torch.zeros(len(channels)))
+        self.bias = nn.Parameter(torch.tensor(-2.0))  # tumours are rare: an untrained margin says no
+        self.image_head = nn.Sequential(nn.Linear(text_dim, text_dim), nn.GELU(), nn.Linear(text_dim, 1))
+        nn.init.zeros_(self.image_head[-1].weight)
+        nn.init.zeros_(self.image_head[-1].bias)
+
+    def calibrate(self, features: Sequence[Tensor]) -> None:
+        """Measure the features' fixed statistics, before training, on one or several volumes' stage features.
+
+        Args:
+            features: per stage (1, C_l, ...) features, or (C_l, n) samples of many volumes.
+        """
+        for stage, values in zip(self.stages, features, strict=True):
+            stage.calibrate(values)
+
+    def forward(self, features: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES) -> AovaOutput:
+        """Attention of one volume's voxels over the prompts: ``attend`` of ``adapt``.
+
+        Args:
+            features: per stage (1, C_l, X/2^l, Y/2^l, Z/2^l), from the backbone.
+            prompts: (N, d) unit-length text embeddings.
+            roles: per prompt ``normal``, ``abnormal`` or ``null``.
+
+        Raises:
+            ValueError: roles and prompts do not fit.
+        """
+        return self.attend(self.adapt(features), prompts, roles)
+
+    def adapt(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Raw stage features -> F' per stage as (X_l, Y_l, Z_l, C_l). It knows no prompt, so many can share it."""
+        return tuple(stage(values) for stage, values in zip(self.stages, features, strict=True))
+
+    def attend(self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES) -> AovaOutput:
+        """Adapted features and prompts -> attention, margin and image-level evidence; arguments as ``forward``."""
+        check_roles(roles, len(prompts))
+        levels, pooled = [], []
+        for stage, pool, values in zip(self.stages, self.pool, adapted, strict=True):
+            attention = stage.logits(values, prompts).softmax(0)
+            levels.append(attention)
+            share = attention.flatten(1) / attention.flatten(1).sum(1, keepdim=True).clamp_min(1e-6)
+            pooled.append(pool(share @ values.flatten(0, 2)))
+        logits = self.fused_logits(adapted, prompts)
+        margin = role_margin(logits, roles) + self.bias
+        pooled = torch.stack(pooled).mean(0)
+        abnormal = [i for i, role in enumerate(roles) if role == "abnormal"]
+        image_logit = top_mean(margin, self.top) + self.image_head(pooled[abnormal]).amax()
+        contrast = None
+        if "null" in roles:
+            pair = [i for i, role in enumerate(roles) if role != "normal"]
+            contrast = top_mean(role_margin(logits[pair], [roles[i] for i in pair]), self.top)
+        return AovaOutput(tuple(levels), margin, image_logit, pooled, contrast)
+
+    def fused_logits(self, adapted: Sequence[Tensor], prompts: Tensor) -> Tensor:
+        """(N, X, Y, Z): the stages' logits at full size, weighted by their temperatures and added."""
+        size = adapted[0].shape[:3]
+        fused = 0
+        for stage, temperature, values in zip(self.stages, self.log_temperature.exp(), adapted, strict=True):
+            logits = temperature * stage.logits(values, prompts)
+            if logits.shape[1:] != size:
+                logits = F.interpolate(logits[None], size, mode="trilinear", align_corners=False)[0]
+            fused = fused + logits
+        return fused
+
+
+def role_margin(logits: Tensor, roles: Sequence[str]) -> Tensor:
+    """(N, ...) prompt logits -> (...) log-odds of the abnormal role against the normal and null ones together."""
+
+    def role(name: str) -> Tensor:
+        members = [i for i, r in enumerate(roles) if r == name]
+        return logits[members].logsumexp(0) - math.log(len(members))
+
+    others = [role(name) for name in ("normal", "null") if name in roles]
+    return role("abnormal") - torch.stack(others).logsumexp(0)
+
+
+def top_mean(values: Tensor, share: float) -> Tensor:
+    """Mean of the highest ``share`` of a tensor's values, at least one of them."""
+    count = max(1, round(share * values.numel()))
+    return values.flatten().topk(count).values.mean()

@@ -1,0 +1,138 @@
+"""Prompts: what is asked of a volume, as pairs of normal and abnormal descriptions (paper section 2.1).
+
+The paper contrasts descriptions of the normal and the abnormal per organ; its wording is unknown. A third-party account
+has one template each, "normal {modality} of {organ}" and "abnormal {modality} of {tumour}". ZeroSeg adds a second
+wording of each, since an encoder answers to the words and not only to their meaning, and a third role, ``null``: the
+same sentence with nothing named. What the null prompts explain as well as the tumour's own words is not evidence for
+the tumour; that contrast is what lets nonsense find nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from zeroseg.errors import ZeroSegError
+
+MODALITIES = {"ct": "CT", "mr": "MRI", "pet": "PET"}
+"""Modality -> the word for it in a prompt."""
+
+ORGANS: dict[str, tuple[str, ...]] = {
+    "liver": ("liver tumour", "hepatic metastasis", "liver cyst"),
+    "kidney": ("kidney tumour", "renal cell carcinoma", "kidney cyst"),
+    "spleen": ("spleen tumour", "splenic lesion"),
+    "pancreas": ("pancreas tumour", "pancreatic mass"),
+    "colon": ("colon tumour", "colon cancer"),
+    "lung": ("lung tumour", "lung nodule"),
+    "brain": ("brain tumour", "glioma", "brain metastasis"),
+    "hepatic vessel": ("tumour near hepatic vessel",),
+    "limb": ("soft tissue sarcoma", "muscle tumour"),
+    "thigh": ("soft tissue sarcoma", "muscle tumour"),
+    "soft tissue": ("soft tissue sarcoma", "soft tissue tumour"),
+    "abdomen": ("abdominal tumour", "abdominal mass"),
+    "body": ("tumour", "lesion", "mass"),
+}
+"""Organs with prompts of their own -> tumour phrases that fit them, the first being the default."""
+
+ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")
+"""Words for a tumour wherever it is."""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "normal": ("normal {modality} of {organ}", "healthy {organ} in {modality}"),
+    "abnormal": ("abnormal {modality} of {organ} with {tumor}", "{tumor} in {organ} in {modality}"),
+    "null": ("{modality} of {organ}", ""),
+}
+"""Role -> wordings. The null role names what the picture shows anyway, or nothing at all."""
+
+REGIONS = {
+    "brain": (0, 0),
+    "lung": (1, 1),
+    "liver": (1, 2),
+    "spleen": (1, 2),
+    "hepatic vessel": (1, 2),
+    "pancreas": (2, 2),
+    "kidney": (2, 2),
+    "abdomen": (2, 2),
+    "colon": (2, 3),
+    "limb": (3, 3),
+    "thigh": (3, 3),
+}
+"""Organ -> top and bottom body region (0 head, 1 chest, 2 abdomen, 3 pelvis and legs) for the DDPM release's
+conditions."""
+
+_SPELLING = {"tumor": "tumour", "tumors": "tumour", "tumours": "tumour", "mri": "mr", "pt": "pet"}
+
+
+def normalise(text: object, what: str) -> str:
+    """Lower case, single blanks, British tumour, no punctuation: one spelling for one meaning.
+
+    Raises:
+        ZeroSegError: it is no text, or blank.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ZeroSegError(f"{what} must be words, e.g. liver, not {text!r}")
+    words = re.sub(r"[^\w\s-]", " ", text.lower()).replace("_", " ").split()
+    if not words:
+        raise ZeroSegError(f"{what} must be words, e.g. liver, not {text!r}")
+    return " ".join(_SPELLING.get(w, w) for w in words)
+
+
+def check_modality(modality: object) -> str:
+    """``ct``, ``mr`` or ``pet`` from any usual spelling (CT, MRI, PT ...).
+
+    Raises:
+        ZeroSegError: it is none of them.
+    """
+    name = str(modality or "").strip().lower()
+    name = _SPELLING.get(name, name)
+    if name not in MODALITIES:
+        raise ZeroSegError(f"modality must be ct, mr or pet, not {modality!r}")
+    return name
+
+
+def prompt_set(organ: str = "body", tumor: str | None = None, modality: str = "ct") -> list[tuple[str, str]]:
+    """The prompts that ask for a tumour in an organ.
+
+    Args:
+        organ: free text; a key of ``ORGANS`` gets that organ's default tumour where ``tumor`` is None.
+        tumor: free text, or None.
+        modality: ct, mr or pet.
+
+    Returns:
+        Ordered (role, text) pairs: normal, abnormal, null, each with all its wordings.
+
+    Raises:
+        ZeroSegError: organ or tumor is blank, or the modality is unknown.
+    """
+    organ = normalise(organ, "organ")
+    words = {
+        "organ": organ,
+        "modality": MODALITIES[check_modality(modality)],
+        "tumor": default_tumor(organ) if tumor is None else normalise(tumor, "tumor"),
+    }
+    return [(role, template.format(**words)) for role, templates in TEMPLATES.items() for template in templates]
+
+
+def default_tumor(organ: str) -> str:
+    """What is looked for in an organ when no tumour is named."""
+    return ORGANS[organ][0] if organ in ORGANS else f"{organ} tumour"
+
+
+def organ_note(organ: str) -> str | None:
+    """A line for the user when an organ has no prompts of its own, with the closest known name; None when it has."""
+    organ = normalise(organ, "organ")
+    if organ in ORGANS:
+        return None
+    close = get_close_matches(organ, ORGANS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ORGANS)}"
+    return f"organ {organ!r} has no prompts of its own, its words are used as they are; {hint}"
+
+
+def grammar() -> Iterator[tuple[str, str, str, str]]:
+    """All (organ, tumor, modality, role) combinations the embedded text encoder is made for."""
+    for organ, tumours in ORGANS.items():
+        for tumour in dict.fromkeys((*tumours, *ANY_TUMOUR)):
+            for modality in MODALITIES:
+                for role in TEMPLATES:
+                    yield organ, tumour, modality, role

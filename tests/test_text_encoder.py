@@ -1,0 +1,70 @@
+"""The frozen text encoder: embeddings, unknown words, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.errors import WeightsError, ZeroSegError
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_tumor_model):
+    return TextEncoder(tiny_tumor_model / "text", device="cpu").load()
+
+
+def refuses(message: str, error_type: type = WeightsError, **options) -> None:
+    with pytest.raises(error_type, match=message) as error:
+        TextEncoder(**{"device": "cpu", **options}).load()
+    assert "\n" not in str(error.value)
+
+
+def test_embeddings_have_length_one_and_do_not_depend_on_company(encoder):
+    texts = ["liver tumour", "normal CT of liver with a long tail of words", ""]
+    embeddings = encoder.embed(texts)
+    assert embeddings.shape == (3, encoder.dim) and embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(embeddings[:1], encoder.embed(texts[:1]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(embeddings[0], embeddings[1], atol=1e-4)
+
+
+def test_case_does_not_matter(encoder):
+    torch.testing.assert_close(encoder.embed(["CT of Liver"]), encoder.embed(["ct of liver"]))
+
+
+def test_unknown_words_are_one_word(encoder):
+    a, b = encoder.embed(["purple bicycle", "flying carpet"])
+    torch.testing.assert_close(a, b)
+    assert encoder.unknown_words("purple bicycle") == ["purple", "bicycle"]
+    assert encoder.unknown_words("liver bicycle in CT") == ["bicycle"]
+    assert encoder.unknown_words("liver tumour") == encoder.unknown_words("  ") == []
+
+
+def test_too_many_words_are_cut(encoder):
+    torch.testing.assert_close(encoder.embed(["liver " * 500]), encoder.embed(["liver " * 100]))
+
+
+def test_mean_pooling_is_another_vector(tiny_tumor_model, encoder):
+    mean = TextEncoder(tiny_tumor_model / "text", device="cpu", pooling="mean")
+    first, together = mean.embed(["liver tumour"]), mean.embed(["liver tumour", "a far longer sentence of many words"])
+    torch.testing.assert_close(first, together[:1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(first, encoder.embed(["liver tumour"]), atol=1e-3)
+
+
+def test_what_is_refused(tiny_tumor_model, tmp_path):
+    refuses("neither an existing folder nor a hub id .* transformers encoder", source=tmp_path / "none")
+    refuses("name a revision", source="owner/name")
+    refuses("pooling must be one of", ZeroSegError, source=tiny_tumor_model / "text", pooling="max")
+    refuses("holds no .safetensors file: pickle weights are refused", source=tmp_path)
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    (folder / "config.json").unlink()
+    refuses("cannot load the text encoder in text", source=folder)
+
+
+def test_describe_names_no_folder(encoder, tiny_tumor_model):
+    described = encoder.describe()
+    assert described["source"] == "text" and described["dim"] == encoder.dim and len(described["sha256"]) == 64
+    assert str(tiny_tumor_model) not in str(described)

@@ -1,0 +1,299 @@
+"""The whole method on tiny random nets: stages, evidence, absence, grids, bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from scipy import ndimage
+
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.tumor import AovaAdapters, TumorSegmentationInferer
+from zeroseg.tumor.inferer import STAGES
+
+AFFINE = np.diag([2.0, 2, 4, 1])
+
+
+@pytest.fixture
+def make(tiny_tumor_model, tiny_maisi):
+    """An inferer of the tiny model; random nets never look like anything, so that rule is off unless asked for."""
+    encoder = TextEncoder(tiny_tumor_model / "text", device="cpu")
+
+    def build(**options) -> TumorSegmentationInferer:
+        given = {"organ": "liver", "presence": 0, "steps": 3, "adapters": tiny_tumor_model, **options}
+        return TumorSegmentationInferer(tiny_maisi, encoder, **given)
+
+    return build
+
+
+def noise_volume(shape=(30, 26, 14)) -> np.ndarray:
+    """Smooth noise of CT-like values, (1, X, Y, Z)."""
+    values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(shape), 2)
+    return (values / values.std() * 150)[None].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return noise_volume()
+
+
+def test_everything_comes_back_on_the_inputs_grid(make, volume):
+    result = make().segment(volume, affine=AFFINE, modality="ct")
+    shape = volume.shape[1:]
+    assert result.labels.shape == result.confidence.shape == shape
+    assert result.labels.dtype == np.uint8 and set(np.unique(result.labels)) == {0, 1}
+    assert result.confidence.dtype == np.float32 and 0 <= result.confidence.min() <= result.confidence.max() <= 1
+    assert result.select == "tumor" and not result.absent and len(result.scores) == 1 and 0.5 < result.scores[0] <= 1
+    assert set(result.evidence) == {"aova", "healthy", "pixel_residual", "feature_residual"}
+    for values in result.evidence.values():
+        assert values.shape == shape and values.dtype == np.float32 and np.isfinite(values).all()
+    assert result.evidence["aova"].min() >= 0 and result.evidence["aova"].max() <= 1
+    assert result.evidence["pixel_residual"].min() >= 0 and result.evidence["healthy"].min() >= -250
+    assert {"prepare", "encode", "aova", "inpaint", "pixel", "feature", "fuse"} <= set(result.seconds)
+    json.dumps(result.details)
+    assert result.details["organ"] == "liver" and result.details["tumor"] == "liver tumour"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_each_stage_can_be_switched_off(make, volume, count):
+    stages = STAGES[:count]
+    result = make(stages=stages).segment(volume, affine=AFFINE, modality="ct")
+    names = {"aova": "aova", "inpaint": "healthy", "pixel": "pixel_residual", "feature": "feature_residual"}
+    assert set(result.evidence) == {names[s] for s in stages}
+    assert {s for s in STAGES if s in result.seconds} == set(stages)
+
+
+def test_aova_alone_is_the_thresholded_map(make, volume):
+    result = make(stages=("aova",), min_volume_ml=0).segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
+    np.testing.assert_array_equal(result.labels > 0, result.evidence["aova"] > 0.5)
+
+
+def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
+    inferer = make(dilation=1, min_volume_ml=0)
+    result = inferer.segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
+    near = ndimage.binary_dilation(result.evidence["aova"] > 0.5, np.ones((3, 3, 3)))
+    assert not (result.labels.astype(bool) & ~near).any()
+
+
+def test_encode_once_prompt_often(make, volume, monkeypatch):
+    inferer = make()
+    encoded = inferer.encode(volume, AFFINE, "ct")
+    whole = inferer.segment(volume, affine=AFFINE, modality="ct")
+    again = inferer.predict(encoded)
+    np.testing.assert_array_equal(whole.labels, again.labels)
+    np.testing.assert_array_equal(inferer.predict(encoded).labels, again.labels)
+    other = inferer.predict(encoded, organ="kidney")
+    assert other.details["tumor"] == "kidney tumour"
+    assert not np.array_equal(other.evidence["aova"], again.evidence["aova"])
+    passes = []
+    monkeypatch.setattr(MaisiBackbone, "read", lambda *a: passes.append(1))
+    inferer.stages = ("aova",)
+    inferer.predict(encoded, tumor="liver cyst")
+    assert not passes
+
+
+def test_equal_seeds_equal_masks(make, volume):
+    a, b = (make(seed=1).segment(volume, affine=AFFINE, modality="ct") for _ in range(2))
+    c = make(seed=2).segment(volume, affine=AFFINE, modality="ct")
+    np.testing.assert_array_equal(a.labels, b.labels)
+    np.testing.assert_array_equal(a.evidence["healthy"], b.evidence["healthy"])
+    assert not np.array_equal(a.evidence["healthy"], c.evidence["healthy"])
+
+
+def test_words_the_encoder_does_not_know_find_nothing(make, volume):
+    result = make().segment(volume, affine=AFFINE, modality="ct", tumor="purple bicycle")
+    assert result.absent and not result.labels.any() and result.scores == []
+    assert "knows none of the words" in result.details["absent_because"]
+    assert result.details["unknown_words"] == ["purple", "bicycle"]
+    half = make().segment(volume, affine=AFFINE, modality="ct", tumor="liver bicycle")
+    assert half.details["notes"] == ["the text encoder does not know: bicycle"]
+
+
+def test_other_reasons_for_absent(make, volume):
+    def reason(**options):
+        result = make(**options).segment(volume, affine=AFFINE, modality="ct")
+        assert result.absent == (not result.labels.any())
+        return result.details["absent_because"]
+
+    assert reason() is None
+    assert "does not look like it" in reason(presence=1)
+    assert "no part is large" in reason(min_volume_ml=1000)
+
+
+def test_the_null_prompts_veto(make, volume, tiny_tumor_model):
+    from zeroseg.tumor.aova import load_adapters
+
+    adapters = load_adapters(tiny_tumor_model)
+    for stage in adapters.stages:  # a text tower that hears no words: every prompt is the null prompt
+        torch.nn.init.zeros_(stage.text[-1].weight)
+    adapters.bias.fill_(5.0)
+    result = make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct")
+    assert result.absent and "no voxel better than no prompt" in result.details["absent_because"]
+
+
+def test_components_and_threshold(make, volume):
+    def count(**options):
+        inferer = make(stages=("aova",), min_volume_ml=0, **options)
+        labels = inferer.segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct").labels
+        return ndimage.label(labels, np.ones((3, 3, 3)))[1], labels.sum()
+
+    many, total = count()
+    one, largest = count(max_components=1)
+    assert many > 1 == one and 0 < largest < total
+    assert count(threshold=0.8)[1] < total
+
+
+def test_learned_fusion_is_used_where_it_is_known(make, volume, tiny_tumor_model):
+    from zeroseg.tumor.aova import load_adapters
+
+    adapters = load_adapters(tiny_tumor_model)
+    assert "otsu" in make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct").details["fusion"]
+    adapters.fusion = {"aova+feature+pixel": {"bias": -9.0, "aova": 0.1, "feature": 0.0, "pixel": 0.0}}
+    result = make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct")
+    assert result.details["fusion"]["bias"] == -9 and result.absent
+    assert (
+        "otsu" in make(adapters=adapters, fusion="otsu").segment(volume, affine=AFFINE, modality="ct").details["fusion"]
+    )
+
+
+def test_monais_way_in(make, volume):
+    inferer = make()
+    assert isinstance(inferer, Inferer)
+    batch = torch.from_numpy(np.stack([volume, volume[:, ::-1].copy()]))
+    masks = inferer(batch, None, affine=AFFINE, modality="ct")
+    assert masks.shape == batch.shape and masks.dtype == torch.uint8
+    np.testing.assert_array_equal(masks[0, 0].numpy(), inferer.segment(volume, affine=AFFINE, modality="ct").labels)
+    meta = MetaTensor(batch[:1], affine=torch.from_numpy(AFFINE))
+    assert torch.equal(inferer(meta, modality="ct"), masks[:1])
+    with pytest.raises(ZeroSegError, match=r"must be \(B, 1, X, Y, Z\)"):
+        inferer(batch[0, 0], modality="ct")
+
+
+def test_a_picture_is_a_volume_of_one_slice(make, volume):
+    inferer = make()
+    image = torch.from_numpy(volume[None, :, :, :, 5])
+    masks = inferer(image, modality="ct")
+    assert masks.shape == image.shape
+    single = inferer.segment(volume[..., 5:6], modality="ct")
+    np.testing.assert_array_equal(masks[0, 0].numpy(), single.labels[..., 0])
+
+
+def test_flipping_the_file_flips_the_mask(make, volume):
+    inferer = make(stages=("aova",))
+    plain = inferer.segment(volume, affine=AFFINE, modality="ct").labels
+    flipped = inferer.segment(volume[:, ::-1].copy(), affine=AFFINE @ np.diag([-1.0, 1, 1, 1]), modality="ct").labels
+    assert (plain == flipped[::-1]).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [((3, 2, 2), (1, 1, 1)), ((5, 60, 4), (3, 3, 3)), ((90, 90, 3), (0.5, 0.5, 8)), ((40, 40, 1), (1, 1, 1))],
+)
+def test_odd_shapes(make, shape, sizes):
+    result = make().segment(noise_volume(shape), affine=np.diag([*sizes, 1.0]), modality="ct")
+    assert result.labels.shape == shape and all(v.shape == shape for v in result.evidence.values())
+
+
+def test_volumes_larger_than_a_window(make):
+    result = make().segment(noise_volume((48, 20, 20)), affine=np.diag([3.0, 3, 3, 1]), modality="ct")
+    assert result.details["working_shape"][0] > 32 and result.labels.shape == (48, 20, 20)
+
+
+def test_mr_given_as_ct_is_doubted_with_the_reason(make, volume):
+    notes = " ".join(make().segment(np.abs(volume) * 10, affine=AFFINE, modality="ct").details["notes"])
+    assert "given as CT" in notes and "is it MR?" in notes
+    assert make().segment(np.abs(volume) * 10, affine=AFFINE, modality="mr").details["notes"] == []
+
+
+def test_hu_out_of_range_and_unknown_organs_are_noted(make, volume):
+    wild = volume.copy()
+    wild[0, :3] = 1e5
+    details = make().segment(wild, affine=AFFINE, modality="ct", organ="lver").details
+    assert any("lie outside HU" in note for note in details["notes"])
+    assert any("did you mean 'liver'" in note for note in details["notes"])
+    assert details["tumor"] == "lver tumour"
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((7, 8, 8, 8), np.float32), "time series"),
+        (np.zeros((8, 8, 8), np.float32), "must be"),
+        (np.full((1, 8, 8, 8), np.inf, np.float32), "NaN or infinite"),
+    ],
+)
+def test_bad_volumes(make, array, message):
+    with pytest.raises(ZeroSegError, match=message):
+        make().segment(array, modality="ct")
+
+
+def test_a_constant_volume_is_absent_not_an_error(make):
+    result = make(presence=0.99).segment(np.zeros((1, 20, 20, 20), np.float32), affine=AFFINE, modality="mr")
+    assert result.absent and any("constant" in note for note in result.details["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": ("aova", "magic")}, "unknown stage 'magic'"),
+        ({"stages": "inpaint"}, "must contain aova"),
+        ({"stages": ("aova", "pixel")}, "need inpaint"),
+        ({"steps": 0}, "steps must be"),
+        ({"resample": 1.5}, "resample must be"),
+        ({"strength": 0}, "strength must"),
+        ({"strength": 1.1}, "strength must"),
+        ({"threshold": 1}, "threshold must"),
+        ({"presence": -0.1}, "presence must"),
+        ({"dilation": -1}, "dilation must"),
+        ({"seed": "a"}, "seed must"),
+        ({"min_volume_ml": float("nan")}, "min_volume_ml must"),
+        ({"max_components": 0}, "max_components must"),
+        ({"fusion": "sum"}, "fusion must be one of"),
+        ({"rescale": [1]}, "rescale must be"),
+        ({"rescale": [0, 5]}, "rescale must be"),
+        ({"organ": ""}, "organ must be words"),
+        ({"tumor": 5}, "tumor must be words"),
+        ({"modality": "ultrasound"}, "modality must be"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(make, options, message):
+    with pytest.raises(ZeroSegError, match=message) as error:
+        make(**options).check()
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_belong_together(make, tiny_tumor_model):
+    with pytest.raises(WeightsError, match="adapters read features of"):
+        make(adapters=AovaAdapters((16, 32, 64), 16)).check()
+
+
+def test_settings_are_plain_and_name_no_folder(make, tiny_tumor_model):
+    inferer = make()
+    inferer.check()
+    settings = inferer.settings()
+    text = json.dumps(settings)
+    assert str(tiny_tumor_model.parent) not in text
+    assert settings["stages"] == list(STAGES) and len(settings["adapters"]["sha256"]) == 64
+
+
+def test_the_maps_serve_the_fitting_of_the_fusion(make, volume):
+    inferer = make()
+    encoded = inferer.encode(volume, AFFINE, "ct")
+    maps = inferer.maps(encoded)
+    assert set(maps.fusion_inputs) == {"aova", "pixel", "feature"}
+    shape = tuple(encoded.prepared.volume.shape[2:])
+    assert all(v.shape == shape for v in maps.fusion_inputs.values()) and maps.region.shape == shape
+    assert not (maps.region & ~encoded.prepared.inside.numpy()).any(), "never in the padding"
+
+
+def test_nothing_is_printed_or_logged(make, volume, capfd, caplog):
+    with caplog.at_level(logging.INFO):
+        make().segment(volume, affine=AFFINE, modality="ct")
+    assert capfd.readouterr() == ("", "") and not caplog.records
