@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zeroseg.attention.text import check_prompt, text_evidence
+from zeroseg.attention.text import TextEvidence, TextProbe, check_prompt
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 
@@ -15,6 +15,10 @@ def encoded(tiny_backbone):
     """Latents of a small image and its attention on an 8 x 8 grid."""
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return latents, tiny_backbone.read(latents, 300, tiny_backbone.embed_text([""])).self_attention[64][0]
+
+
+def text_evidence(backbone, latents, attention, prompt, **settings) -> TextEvidence:
+    return TextProbe(backbone, latents, attention, **settings)(prompt)
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None, 7, ["cells"]])
@@ -42,6 +46,19 @@ def test_the_same_seed_gives_the_same_evidence(tiny_backbone, encoded):
     assert torch.equal(first.relevance, again.relevance)
     assert (first.gain, first.certainty) == (again.gain, again.certainty)
     assert first.gain != other.gain
+
+
+def test_one_probe_serves_any_number_of_prompts(tiny_backbone, encoded):
+    probe = TextProbe(tiny_backbone, *encoded, draws=1)
+    for prompt in ("cell", "lungs", "cell"):
+        kept, fresh = probe(prompt), text_evidence(tiny_backbone, *encoded, prompt, draws=1)
+        assert torch.equal(kept.relevance, fresh.relevance)
+        assert kept.gain == fresh.gain
+
+
+def test_latents_may_be_coarser_than_the_attention(tiny_backbone, encoded):
+    small = torch.nn.functional.avg_pool2d(encoded[0], 2)
+    assert text_evidence(tiny_backbone, small, encoded[1], "cell", draws=1).relevance.shape == (64,)
 
 
 def test_a_prompt_that_says_nothing_gains_nothing(tiny_backbone, encoded):

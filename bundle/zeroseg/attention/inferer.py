@@ -21,7 +21,7 @@ from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
 from zeroseg.attention.refine import upsample
 from zeroseg.attention.segmentation import Segmentation
-from zeroseg.attention.text import check_prompt, text_evidence
+from zeroseg.attention.text import TextProbe, check_prompt
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 
@@ -49,6 +49,7 @@ class EncodedImage:
     _proposals: tuple[Tensor, list[float]] | None = None
     _distance: KLDistance | None = None
     _paths: TokenPaths | None = None
+    _probe: TextProbe | None = None
 
     @property
     def side(self) -> int:
@@ -361,9 +362,11 @@ class AttentionSegmentationInferer(Inferer):
     def _text(self, encoded, text: str, seconds) -> Segmentation:
         side = encoded.side
         with _timed(seconds, "text"):
-            evidence = text_evidence(
-                self.backbone, encoded.latents, encoded.attention, text, timestep=self.timestep, seed=self.seed
-            )
+            if encoded._probe is None:
+                encoded._probe = TextProbe(
+                    self.backbone, encoded.latents, encoded.attention, timestep=self.timestep, seed=self.seed
+                )
+            evidence = encoded._probe(text)
         details = {"text": text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
         if evidence.gain <= 0 or evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)

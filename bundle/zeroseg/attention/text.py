@@ -50,63 +50,81 @@ def check_prompt(text: object) -> str:
     return text.strip()
 
 
-@torch.inference_mode()
-def text_evidence(
-    backbone: StableDiffusionBackbone,
-    latents: Tensor,
-    attention: Tensor,
-    prompt: str,
-    *,
-    timestep: int = 300,
-    noise_timesteps: tuple[int, ...] = (150, 350, 550, 750),
-    draws: int = 2,
-    seed: int = 0,
-) -> TextEvidence:
-    """Evidence for a prompt on an encoded image.
+class TextProbe:
+    """An image made ready for any number of prompts: what the null prompt says about it is worked out once.
 
     Args:
         backbone: the frozen model.
-        latents: (1, C, h, w) clean latents of the image.
+        latents: (1, C, h, w) clean latents of the image; their grid may be coarser than that of ``attention``.
         attention: (N, N) aggregated self-attention, along which evidence spreads.
-        prompt: the words.
         timestep: at which cross-attention is read.
         noise_timesteps: noise levels at which the prediction is tested.
-        draws: noise draws per level; the same noise is used with and without the prompt.
+        draws: noise draws per level; the same noise is used with and without a prompt.
         seed: of the noise.
-
-    Returns:
-        TextEvidence.
     """
-    prompt = check_prompt(prompt)
-    contexts = backbone.embed_text([prompt, ""])
-    side = grid_side(attention.shape[0])
-    generator = torch.Generator().manual_seed(seed)
-    maps, gains = [], []
-    for level in noise_timesteps:
-        for _ in range(draws):
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            noisy = backbone.add_noise(latents, level, noise)
-            predicted = backbone.predict_noise(noisy.expand(2, -1, -1, -1), level, contexts)
-            errors = (predicted - noise).square().mean(1)
-            gain = (errors[1] - errors[0]) / errors[1].mean().clamp_min(1e-8)
-            maps.append(gain)
-            gains.append(gain.mean())
-    gains = torch.stack(gains)
-    certainty = gains.mean() / (gains.std() / len(gains) ** 0.5).clamp_min(1e-8) if len(gains) > 1 else gains.mean() * 0
-    gain_map = _to_grid(torch.stack(maps).mean(0), side)
 
-    words = _words(backbone, prompt)
-    prompted, null = (
-        backbone.read(latents, timestep, context[None], self_attention=False, cross_attention=True).cross_attention
-        for context in contexts
-    )
-    cross = torch.zeros(side * side, device=latents.device)
-    for tokens, with_prompt in prompted.items():
-        contrast = with_prompt[0][:, words].mean(-1) - null[tokens][0][:, words].mean(-1)
-        grid = grid_side(tokens)
-        cross += _standardise(_to_grid(contrast.view(grid, grid), side))
-    relevance = _standardise(attention @ _standardise(gain_map)) + _standardise(attention @ _standardise(cross))
-    return TextEvidence(_standardise(relevance), float(gains.mean()), float(certainty))
+    @torch.inference_mode()
+    def __init__(
+        self,
+        backbone: StableDiffusionBackbone,
+        latents: Tensor,
+        attention: Tensor,
+        *,
+        timestep: int = 300,
+        noise_timesteps: tuple[int, ...] = (150, 350, 550, 750),
+        draws: int = 2,
+        seed: int = 0,
+    ):
+        self.backbone, self.latents, self.attention, self.timestep = backbone, latents, attention, timestep
+        generator = torch.Generator().manual_seed(seed)
+        self._draws = []
+        for level in noise_timesteps:
+            noise = torch.randn(draws, *latents.shape[1:], generator=generator).to(latents.device)
+            noisy = backbone.add_noise(latents.expand(draws, -1, -1, -1), level, noise)
+            self._draws.append((level, noise, noisy))
+        null = backbone.embed_text([""])
+        self._null_errors = [self._errors(draw, null) for draw in self._draws]
+        self._null_cross = self._cross_attention(null)
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str) -> TextEvidence:
+        """Evidence for a prompt.
+
+        Raises:
+            ZeroSegError: the prompt is blank or no string.
+        """
+        prompt = check_prompt(prompt)
+        context = self.backbone.embed_text([prompt])
+        gains = torch.cat(
+            [
+                (null - self._errors(draw, context)) / null.mean((1, 2), keepdim=True).clamp_min(1e-8)
+                for draw, null in zip(self._draws, self._null_errors, strict=True)
+            ]
+        )
+        each = gains.mean((1, 2))
+        spread = each.std() / len(each) ** 0.5 if len(each) > 1 else each.new_tensor(torch.inf)
+        certainty = each.mean() / spread.clamp_min(1e-8)
+
+        side = grid_side(self.attention.shape[0])
+        words = _words(self.backbone, prompt)
+        cross = torch.zeros(side * side, device=self.latents.device)
+        for tokens, with_prompt in self._cross_attention(context).items():
+            contrast = with_prompt[0][:, words].mean(-1) - self._null_cross[tokens][0][:, words].mean(-1)
+            grid = grid_side(tokens)
+            cross += _standardise(_to_grid(contrast.view(grid, grid), side))
+        evidence = _standardise(_to_grid(gains.mean(0), side)), _standardise(cross)
+        relevance = sum(_standardise(self.attention @ e) for e in evidence)
+        return TextEvidence(_standardise(relevance), float(each.mean()), float(certainty))
+
+    def _errors(self, draw: tuple[int, Tensor, Tensor], context: Tensor) -> Tensor:
+        """(draws, h, w) squared errors of the predicted noise at one level."""
+        level, noise, noisy = draw
+        predicted = self.backbone.predict_noise(noisy, level, context.expand(len(noisy), -1, -1))
+        return (predicted - noise).square().mean(1)
+
+    def _cross_attention(self, context: Tensor) -> dict[int, Tensor]:
+        record = self.backbone.read(self.latents, self.timestep, context, self_attention=False, cross_attention=True)
+        return record.cross_attention
 
 
 def _words(backbone: StableDiffusionBackbone, prompt: str) -> slice:
