@@ -27,19 +27,20 @@ HD95 = the image's diagonal. A case's seconds are what a first answer takes: enc
 Masks match images by file name without extension; any nonzero pixel is foreground. Written to OUT: cases.csv,
 summary.json, table.md, report.html and report.png (best, median and worst case; prediction yellow, mask blue, click
 green); for a suite one such folder per set, and table.md, table.json and report.html over all sets.
+
+With --inferer tumor, volumes are evaluated by scripts/evaluate_volumes.py, which has its own arguments:
+
+    python scripts/evaluate.py --inferer tumor --help
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import inspect
 import json
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,20 @@ from tqdm import tqdm
 
 import _path  # noqa: F401
 from baselines import AUTOMATIC, BRIGHT, CLICKS
+from results import (
+    best_median_worst,
+    find_pairs,
+    markdown_table,
+    mean_over_sets,
+    summarise_groups,
+    write_csv,
+    write_text,
+)
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import (
     Case,
-    atomic_path,
     contact_html,
     contact_sheet,
     draw_overlay,
@@ -75,11 +84,6 @@ TRUTH_COLOR = (86, 180, 233)  # Okabe and Ito's sky blue: the overlay's second c
 
 
 # Choices made from the mask: prompts and oracles.
-
-
-def half_of(stem: str) -> str:
-    """``dev`` or ``test``, fixed by the SHA-256 of the stem, whatever else is in the set."""
-    return ("dev", "test")[int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 2]
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
@@ -165,43 +169,6 @@ def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {"dice": compute_dice(p, t).item(), "iou": compute_iou(p, t).item(), "hd95": hd95}
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
-    """95 % percentile bootstrap interval of the mean over cases; the seed is fixed."""
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    return np.percentile(values[draws].mean(axis=1), (2.5, 97.5)).tolist()
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Means over cases, and how far to trust them."""
-    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in COLUMNS[2:]}
-    out = {name: float(columns[name].mean()) for name in ("dice", "iou", "hd95")} | {"n": len(rows)}
-    out |= {f"{name}_std": float(columns[name].std()) for name in ("dice", "iou", "hd95")}
-    out |= {f"{name}_median": float(np.median(columns[name])) for name in ("dice", "iou", "hd95")}
-    out |= {"dice_ci95": bootstrap_interval(columns["dice"]), "seconds": float(columns["seconds"].mean())}
-    if "absent" in rows[0]:
-        out["absent"] = sum(row["absent"] for row in rows)
-    return out
-
-
-def summarise_groups(rows: list[dict], run: dict) -> dict:
-    """All rows of a set -> {"protocols": ..., "baselines": ...} with what describes the run added."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["protocol"]].append(row)
-    out = {"protocols": {}, "baselines": {}, **run}
-    for name, group in groups.items():
-        kind, _, method = name.rpartition("/")
-        if kind == "untrained":
-            out["baselines"].setdefault(kind, {})[method] = summarise(group)
-        elif kind != "polarity":
-            out["baselines" if kind else "protocols"][method] = summarise(group)
-    for method in BRIGHT:
-        both = [summarise(groups[f"polarity/{method}_{side}"]) for side in ("bright", "dark")]
-        best = max(range(2), key=lambda k: both[k]["dice"])
-        out["baselines"][f"{method}_best_polarity"] = both[best] | {"polarity": ("bright", "dark")[best]}
-    return out
-
-
 # Cases.
 
 
@@ -220,29 +187,6 @@ class Sample:
     image: np.ndarray
     truth: np.ndarray
     component: np.ndarray
-
-
-def find_pairs(images: Path, masks: Path, out: Path, half: str = "all", limit: int | None = None):
-    """Cases that have an image and a mask.
-
-    Returns:
-        list of (image, mask), and the stems of images without a mask.
-
-    Raises:
-        ZeroSegError: a folder is missing or empty, or nothing is left to evaluate.
-    """
-    for name, folder in (("images", images), ("masks", masks)):
-        if not folder.is_dir():
-            raise ZeroSegError(f"{folder}: no such folder; give an existing one as --{name}")
-    found = find_cases(images, exclude=out)
-    truths = {case.stem: case for case in find_cases(masks, exclude=out)}
-    pairs = [(case, truths[case.stem]) for case in found if case.stem in truths]
-    if not pairs:
-        raise ZeroSegError(f"no mask in {masks} has the name of an image in {images} (without extension)")
-    chosen = [pair for pair in pairs if half in ("all", half_of(pair[0].stem))][:limit]
-    if not chosen:
-        raise ZeroSegError(f"none of the {len(pairs)} cases of {images} belongs to the half {half!r}; use --half all")
-    return chosen, [case.stem for case in found if case.stem not in truths]
 
 
 def load_sample(image_case: Case, mask_case: Case) -> Sample:
@@ -332,53 +276,6 @@ def overlay(sample: Sample, mask: np.ndarray, protocol: str) -> PILImage.Image:
     canvas = np.array(picture)
     canvas[ndimage.binary_dilation(truth, iterations=4) & ~ndimage.binary_dilation(truth)] = TRUTH_COLOR
     return PILImage.fromarray(canvas)
-
-
-def best_median_worst(rows: list[dict]) -> list[tuple[str, dict]]:
-    """("best", row), ("median", row), ("worst", row) by Dice; fewer where there are fewer cases."""
-    ranked = sorted(rows, key=lambda row: (-row["dice"], row["case"]))
-    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
-    names = {place: name for name, place in places.items()}  # a case that holds two places is shown once
-    return [(name, ranked[place]) for place, name in sorted(names.items())]
-
-
-def methods_of(summary: dict) -> dict[str, dict]:
-    """Every method of a summary by a flat name, in the order of the table."""
-    flat = dict(summary["protocols"])
-    flat |= {f"untrained: {k}": v for k, v in summary["baselines"].get("untrained", {}).items()}
-    return flat | {f"baseline: {k}": v for k, v in summary["baselines"].items() if k != "untrained"}
-
-
-def mean_over_sets(summaries: dict[str, dict]) -> dict[str, float]:
-    """Mean Dice over sets of every method that was run on all of them."""
-    tables = [methods_of(summary) for summary in summaries.values()]
-    common = [name for name in tables[0] if all(name in table for table in tables)]
-    return {name: float(np.mean([table[name]["dice"] for table in tables])) for name in common}
-
-
-def markdown_table(summaries: dict[str, dict]) -> str:
-    """Mean Dice, a row per method and a column per set."""
-    tables = {name: methods_of(summary) for name, summary in summaries.items()}
-    methods = list(dict.fromkeys(method for table in tables.values() for method in table))
-    means = mean_over_sets(summaries)
-    counts = [str(next(iter(table.values()))["n"]) for table in tables.values()]
-    lines = [["Dice", *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), ["n", *counts, ""]]
-    for method in methods:
-        cells = [f"{table[method]['dice']:.3f}" if method in table else "-" for table in tables.values()]
-        lines.append([method, *cells, f"{means[method]:.3f}" if method in means else "-"])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # A set, and the command line.
@@ -489,6 +386,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ZeroSegError: an argument is missing, unknown or of a wrong value.
     """
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inferer", choices=["attention", "tumor"], default="attention", help="what is evaluated")
     parser.add_argument("--images", type=Path, help="folder of 2-D images")
     parser.add_argument("--masks", type=Path, help="folder of masks with the images' names")
     parser.add_argument("--suite", type=Path, help="folder of sets, each with images/ and masks/, instead of the two")
@@ -530,6 +428,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def asked_inferer(argv: list[str] | None) -> str | None:
+    """The value of --inferer, before anything else is known of the command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--inferer")
+    try:
+        return first.parse_known_args(argv)[0].inferer
+    except argparse.ArgumentError:
+        return None  # without a value: the parser proper says so
+
+
 def _texts(given: list[str], suite: Path | None) -> dict[str | None, str]:
     """Prompt by the name of its set; None: of every other set."""
     texts = {}
@@ -563,6 +471,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
     """
+    if asked_inferer(argv) == "tumor":
+        from evaluate_volumes import main as evaluate_tumours
+
+        return evaluate_tumours(argv)
     try:
         args = parse(argv)
 

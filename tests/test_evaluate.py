@@ -9,21 +9,17 @@ from PIL import Image
 from evaluate import (
     PROTOCOLS,
     Sample,
-    best_median_worst,
-    bootstrap_interval,
     bounding_box,
-    half_of,
     hungarian,
     innermost_point,
     largest_component,
     main,
-    markdown_table,
     oracle_single,
     oracle_union,
     run_protocols,
     score,
-    summarise_groups,
 )
+from results import best_median_worst, bootstrap_interval, half_of, markdown_table, summarise_groups
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 

@@ -1,0 +1,154 @@
+"""What every evaluation shares: pairs of images and masks, means with their uncertainty, tables and files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+import _path  # noqa: F401
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import Case, atomic_path, find_cases
+
+# Cases.
+
+
+def half_of(stem: str) -> str:
+    """``dev`` or ``test``, fixed by the SHA-256 of the stem, whatever else is in the set."""
+    return ("dev", "test")[int(hashlib.sha256(stem.encode()).hexdigest(), 16) % 2]
+
+
+def find_pairs(
+    images: Path, masks: Path, out: Path, half: str = "all", limit: int | None = None
+) -> tuple[list[tuple[Case, Case]], list[str]]:
+    """Cases that have an image and a mask.
+
+    Returns:
+        list of (image, mask), and the stems of images without a mask.
+
+    Raises:
+        ZeroSegError: a folder is missing or empty, or nothing is left to evaluate.
+    """
+    for name, folder in (("images", images), ("masks", masks)):
+        if not folder.is_dir():
+            raise ZeroSegError(f"{folder}: no such folder; give an existing one as --{name}")
+    found = find_cases(images, exclude=out)
+    truths = {case.stem: case for case in find_cases(masks, exclude=out)}
+    pairs = [(case, truths[case.stem]) for case in found if case.stem in truths]
+    if not pairs:
+        raise ZeroSegError(f"no mask in {masks} has the name of an image in {images} (without extension)")
+    chosen = [pair for pair in pairs if half in ("all", half_of(pair[0].stem))][:limit]
+    if not chosen:
+        raise ZeroSegError(f"none of the {len(pairs)} cases of {images} belongs to the half {half!r}; use --half all")
+    return chosen, [case.stem for case in found if case.stem not in truths]
+
+
+# Numbers.
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
+    """95 % percentile bootstrap interval of the mean over cases; the seed is fixed."""
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return np.percentile(values[draws].mean(axis=1), (2.5, 97.5)).tolist()
+
+
+def summarise(rows: list[dict], metrics: Iterable[str] = ("dice", "iou", "hd95")) -> dict:
+    """Means over cases, and how far to trust them.
+
+    Args:
+        rows: one per case, with ``dice``, ``seconds`` and the metrics; ``absent`` is counted where it is given.
+        metrics: what to average.
+    """
+    columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in metrics}
+    out = {name: float(values.mean()) for name, values in columns.items()} | {"n": len(rows)}
+    out |= {f"{name}_std": float(values.std()) for name, values in columns.items()}
+    out |= {f"{name}_median": float(np.median(values)) for name, values in columns.items()}
+    out["dice_ci95"] = bootstrap_interval(columns["dice"])
+    out["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+    if "absent" in rows[0]:
+        out["absent"] = sum(row["absent"] for row in rows)
+    return out
+
+
+def summarise_groups(rows: list[dict], run: dict, metrics: Iterable[str] = ("dice", "iou", "hd95")) -> dict:
+    """All rows of a set -> {"protocols": ..., "baselines": ...} with what describes the run added.
+
+    A row's ``protocol`` is a name, ``baseline/<name>``, ``untrained/<name>``, or ``polarity/<name>_bright`` and
+    ``polarity/<name>_dark``, of which the better one becomes the baseline ``<name>_best_polarity``.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["protocol"]].append(row)
+    out = {"protocols": {}, "baselines": {}, **run}
+    for name, group in groups.items():
+        kind, _, method = name.rpartition("/")
+        if kind == "untrained":
+            out["baselines"].setdefault(kind, {})[method] = summarise(group, metrics)
+        elif kind != "polarity":
+            out["baselines" if kind else "protocols"][method] = summarise(group, metrics)
+    for method in (name[len("polarity/") : -len("_bright")] for name in groups if name.endswith("_bright")):
+        both = [summarise(groups[f"polarity/{method}_{side}"], metrics) for side in ("bright", "dark")]
+        best = max(range(2), key=lambda k: both[k]["dice"])
+        out["baselines"][f"{method}_best_polarity"] = both[best] | {"polarity": ("bright", "dark")[best]}
+    return out
+
+
+def best_median_worst(rows: list[dict]) -> list[tuple[str, dict]]:
+    """("best", row), ("median", row), ("worst", row) by Dice; fewer where there are fewer cases."""
+    ranked = sorted(rows, key=lambda row: (-row["dice"], row["case"]))
+    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
+    names = {place: name for name, place in places.items()}  # a case that holds two places is shown once
+    return [(name, ranked[place]) for place, name in sorted(names.items())]
+
+
+# Tables.
+
+
+def methods_of(summary: dict) -> dict[str, dict]:
+    """Every method of a summary by a flat name, in the order of the table."""
+    flat = dict(summary["protocols"])
+    flat |= {f"untrained: {k}": v for k, v in summary["baselines"].get("untrained", {}).items()}
+    return flat | {f"baseline: {k}": v for k, v in summary["baselines"].items() if k != "untrained"}
+
+
+def mean_over_sets(summaries: dict[str, dict]) -> dict[str, float]:
+    """Mean Dice over sets of every method that was run on all of them."""
+    tables = [methods_of(summary) for summary in summaries.values()]
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    return {name: float(np.mean([table[name]["dice"] for table in tables])) for name in common}
+
+
+def markdown_table(summaries: dict[str, dict]) -> str:
+    """Mean Dice, a row per method and a column per set."""
+    tables = {name: methods_of(summary) for name, summary in summaries.items()}
+    methods = list(dict.fromkeys(method for table in tables.values() for method in table))
+    means = mean_over_sets(summaries)
+    counts = [str(next(iter(table.values()))["n"]) for table in tables.values()]
+    lines = [["Dice", *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), ["n", *counts, ""]]
+    for method in methods:
+        cells = [f"{table[method]['dice']:.3f}" if method in table else "-" for table in tables.values()]
+        lines.append([method, *cells, f"{means[method]:.3f}" if method in means else "-"])
+    return markdown_rows(lines)
+
+
+def markdown_rows(lines: Iterable[Iterable[str]]) -> str:
+    """Cells -> lines of a Markdown table."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """Write the named columns of the rows; keys that are no column are left out."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
