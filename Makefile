@@ -26,7 +26,9 @@ demo: install
 serve: install
 	$(BIN)/python scripts/serve.py $(if $(STUDIES),--studies "$(STUDIES)") $(if $(PORT),--port $(PORT)) $(OPTIONS)
 
+# Orthanc and Chromium, where they may be installed; the tests that drive them are skipped where not.
 test: install
+	sh scripts/install_e2e.sh
 	$(BIN)/python -m pytest
 
 lint: install

@@ -110,6 +110,7 @@ class RecalledEncoding(EncodedImage):
     _proposals = property(
         lambda self: self.full._proposals, lambda self, value: setattr(self.full, "_proposals", value)
     )
+    _probe = property(lambda self: self.full._probe, lambda self, value: setattr(self.full, "_probe", value))
 
 
 class CachedInferer(AttentionSegmentationInferer):

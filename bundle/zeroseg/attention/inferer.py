@@ -108,6 +108,8 @@ class AttentionSegmentationInferer(Inferer):
         affinity: ``attention`` (ADZUS), ``features`` of the decoder, or ``both``.
         refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
+        text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
+            passes. A multiple of ``size_multiple``.
         text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
         working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
         progress: show a bar over the slices of a volume.
@@ -128,6 +130,7 @@ class AttentionSegmentationInferer(Inferer):
         affinity: str = "attention",
         refine: str = "guided",
         slice_axis: int = -1,
+        text_resolution: int | None = None,
         text_certainty: float = 2.0,
         working_size: int = 1024,
         progress: bool = False,
@@ -146,6 +149,7 @@ class AttentionSegmentationInferer(Inferer):
         self.affinity = affinity
         self.refine = refine
         self.slice_axis = slice_axis
+        self.text_resolution = text_resolution
         self.text_certainty = text_certainty
         self.working_size = working_size
         self.progress = progress
@@ -192,12 +196,12 @@ class AttentionSegmentationInferer(Inferer):
         self.backbone.load()
         self.backbone.check_timestep(self.timestep)
         step = self.backbone.size_multiple
-        if self.resolution is not None and (
-            not isinstance(self.resolution, int) or self.resolution % step or self.resolution <= 0
-        ):
-            raise ZeroSegError(
-                f"resolution must be a positive multiple of {step} pixels for this backbone, not {self.resolution!r}"
-            )
+        for name in ("resolution", "text_resolution"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value % step or value <= 0):
+                raise ZeroSegError(
+                    f"{name} must be a positive multiple of {step} pixels for this backbone, not {value!r}"
+                )
 
     # One image ---------------------------------------------------------------------------------------------------------
 
@@ -364,7 +368,11 @@ class AttentionSegmentationInferer(Inferer):
         with _timed(seconds, "text"):
             if encoded._probe is None:
                 encoded._probe = TextProbe(
-                    self.backbone, encoded.latents, encoded.attention, timestep=self.timestep, seed=self.seed
+                    self.backbone,
+                    self._text_latents(encoded),
+                    encoded.attention,
+                    timestep=self.timestep,
+                    seed=self.seed,
                 )
             evidence = encoded._probe(text)
         details = {"text": text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
@@ -376,6 +384,13 @@ class AttentionSegmentationInferer(Inferer):
         with _timed(seconds, "refine"):
             full = upsample(evidence.relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, "text", seconds, None, None, details)
+
+    def _text_latents(self, encoded: EncodedImage) -> Tensor:
+        """Latents of the image at ``text_resolution``."""
+        step = self.backbone.size_multiple
+        side = self.text_resolution or max(step, (self.resolution or self.backbone.image_size) // 2 // step * step)
+        square = F.interpolate(encoded.image[None], (side, side), mode="bilinear", antialias=True)
+        return self.backbone.encode_image(square)
 
     def _cut(self, encoded, relevance, rule, seconds, seeds, allowed, details=None) -> Segmentation:
         with _timed(seconds, "cut"):

@@ -84,10 +84,11 @@ class ZeroSegTask(InferTask):
         entry = self.engine.open(request["image"])
         result = self.segment(entry, options)
         if result.absent and options.get("absent") == "error":
-            wanted = result.details.get("text") or "the object"
+            wanted = options.get("text") or "the object"
             raise ZeroSegError(f"absent: {wanted!r} was not found in this image")
         dropped = keep_largest(result.labels, len(self.labels))
-        path = write(entry.image, result.labels, extension, dtype, str(request["image"]))
+        compress = pick("result_compress", request.get("result_compress", True), True)
+        path = write(entry.image, result.labels, extension, dtype, compress)
         seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
         backbone = self.describe_backbone()
         return path, {
@@ -180,7 +181,7 @@ def keep_largest(labels: np.ndarray, count: int) -> int:
     return len(present) - len(kept)
 
 
-def write(image: Image, labels: np.ndarray, extension: str, dtype: str, source: str) -> str:
+def write(image: Image, labels: np.ndarray, extension: str, dtype: str, compress: bool = True) -> str:
     """Write a label map on the voxel grid of its image to a temporary file.
 
     Args:
@@ -188,7 +189,7 @@ def write(image: Image, labels: np.ndarray, extension: str, dtype: str, source: 
         labels: (H, W) or (X, Y, Z).
         extension: .nrrd, .nii, .nii.gz or .png.
         dtype: of the voxels.
-        source: the image's path, for the message.
+        compress: for .nrrd; OHIF asks for False, and fails on a compressed mask of an odd number of voxels.
 
     Returns:
         The file's path.
@@ -206,13 +207,13 @@ def write(image: Image, labels: np.ndarray, extension: str, dtype: str, source: 
         rows, columns = image.pixel_spacing or (1.0, 1.0)
         labels, affine = labels.T[:, :, None], np.diag([-columns, -rows, 1.0, 1.0])
     if extension == ".nrrd":
-        write_nrrd(labels.astype(dtype), affine, path)
+        write_nrrd(labels.astype(dtype), affine, path, compress)
     else:
         nib.save(nib.Nifti1Image(labels.astype(dtype), affine), path)
     return path
 
 
-def write_nrrd(labels: np.ndarray, affine: np.ndarray, path: str) -> None:
+def write_nrrd(labels: np.ndarray, affine: np.ndarray, path: str, compress: bool = True) -> None:
     """Write (X, Y, Z) with its affine, voxel index -> RAS mm, as NRRD in the LPS space of ITK."""
     volume = sitk.GetImageFromArray(labels.T)
     axes = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
@@ -220,7 +221,7 @@ def write_nrrd(labels: np.ndarray, affine: np.ndarray, path: str) -> None:
     volume.SetSpacing(spacing.tolist())
     volume.SetDirection((axes / spacing).ravel().tolist())
     volume.SetOrigin((np.diag([-1.0, -1.0, 1.0]) @ affine[:3, 3]).tolist())
-    sitk.WriteImage(volume, path, useCompression=True)
+    sitk.WriteImage(volume, path, useCompression=compress)
 
 
 def only_slice(entry: OpenImage, options: dict[str, Any]) -> int | None:
