@@ -87,6 +87,9 @@ class ZeroSegApp(MONAILabelApp):
             wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
             stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
         )
+        client.set_http_retry_params(
+            max_attempts=3, wait_exponential_multiplier=100
+        )  # else 30 s until a user hears of it
         return StudyDatastore(
             client=client,
             search_filter=search_filter(),

@@ -7,6 +7,7 @@ teach the embedded backbone what an object is and what words mean, without any r
 A phantom is reproducible from its seed: ``make_phantom(seed)`` always draws the same image.
 
     python scripts/phantoms.py --count 36 --out out/phantoms.png     # look at them
+    python scripts/phantoms.py --volumes 24 --out out/volumes        # volumes, see phantoms3d.py
 """
 
 from __future__ import annotations
@@ -473,10 +474,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=36, help="how many phantoms to draw (default 36)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default 192)")
-    parser.add_argument("--out", default="out/phantoms.png", help="PNG sheet to write")
+    parser.add_argument("--out", default="out/phantoms.png", help="PNG sheet, or folder of volumes, to write")
+    parser.add_argument("--volumes", type=int, help="write this many CT, MR and PET phantoms as NIfTI instead")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the volumes (default 0)")
+    parser.add_argument("--held-out", action="store_true", help="volumes with the lesion kinds kept out of training")
+    parser.add_argument("--lesions", choices=["half", "all", "none"], default="half", help="which volumes have one")
     args = parser.parse_args()
     from pathlib import Path
 
+    if args.volumes is not None:
+        from phantoms3d import HELD_OUT, KINDS, write_volumes
+
+        lesion = {"half": None, "all": True, "none": False}[args.lesions]
+        kinds = HELD_OUT if args.held_out else KINDS
+        for case in write_volumes(Path(args.out), args.volumes, args.first_seed, kinds=kinds, lesion=lesion):
+            print(f"{case.seed:8d}  {case.caption}")
+        return
     from PIL import Image
 
     columns = 12

@@ -182,7 +182,7 @@ def test_a_mask_written_is_on_the_grid_of_its_image(tmp_path, extension):
     image = read_image(find_cases(tmp_path / "a.nii.gz")[0])
     labels = np.zeros(image.shape, np.uint8)
     labels[OBJECT] = 3
-    path = write(image, labels, extension, "uint8", "a.nii.gz")
+    path = write(image, labels, extension, "uint8")
     mask = read_image(find_cases(path)[0])
     np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
     np.testing.assert_array_equal(mask.array[0], labels)

@@ -131,7 +131,7 @@ class AttentionSegmentationInferer(Inferer):
         refine: str = "guided",
         slice_axis: int = -1,
         text_resolution: int | None = None,
-        text_certainty: float = 2.0,
+        text_certainty: float = 1.0,
         working_size: int = 1024,
         progress: bool = False,
         seed: int = 0,

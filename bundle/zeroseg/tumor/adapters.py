@@ -119,9 +119,10 @@ class StageAdapter(nn.Module):
     def surroundings(self, features: Tensor) -> Tensor:
         """(1, C, X, Y, Z) standardised features -> (1, C (1 + 2 cubes), X, Y, Z) with mean and spread of the cubes."""
         parts = [features]
-        for side in self.context:
-            mean = local_mean(features, side)
-            parts += [mean, (local_mean(features.square(), side) - mean.square()).clamp_min(0).add(1e-4).sqrt()]
+        with torch.autocast(features.device.type, enabled=False):  # a difference of squares does not survive bf16
+            for side in self.context:
+                mean = local_mean(features, side)
+                parts += [mean, (local_mean(features.square(), side) - mean.square()).clamp_min(0).add(1e-4).sqrt()]
         return torch.cat(parts, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -236,13 +237,14 @@ class AovaAdapters(nn.Module):
     def attend(self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES) -> AovaOutput:
         """Adapted features and prompts -> attention, margin and image-level evidence; arguments as ``forward``."""
         check_roles(roles, len(prompts))
+        per_stage = [stage.logits(values, prompts) for stage, values in zip(self.stages, adapted, strict=True)]
         levels, pooled = [], []
-        for stage, pool, values in zip(self.stages, self.pool, adapted, strict=True):
-            attention = stage.logits(values, prompts).softmax(0)
+        for pool, values, stage_logits in zip(self.pool, adapted, per_stage, strict=True):
+            attention = stage_logits.softmax(0)
             levels.append(attention)
             share = attention.flatten(1) / attention.flatten(1).sum(1, keepdim=True).clamp_min(1e-6)
             pooled.append(pool(share @ values.flatten(0, 2)))
-        logits = self.fused_logits(adapted, prompts)
+        logits = self._fused(per_stage)
         margin = role_margin(logits, roles) + self.bias
         pooled = torch.stack(pooled).mean(0)
         abnormal = [i for i, role in enumerate(roles) if role == "abnormal"]
@@ -255,10 +257,12 @@ class AovaAdapters(nn.Module):
 
     def fused_logits(self, adapted: Sequence[Tensor], prompts: Tensor) -> Tensor:
         """(N, X, Y, Z): the stages' logits at full size, weighted by their temperatures and added."""
-        size = adapted[0].shape[:3]
-        fused = 0
-        for stage, temperature, values in zip(self.stages, self.log_temperature.exp(), adapted, strict=True):
-            logits = temperature * stage.logits(values, prompts)
+        return self._fused([stage.logits(values, prompts) for stage, values in zip(self.stages, adapted, strict=True)])
+
+    def _fused(self, per_stage: Sequence[Tensor]) -> Tensor:
+        size, fused = per_stage[0].shape[1:], 0
+        for temperature, logits in zip(self.log_temperature.exp(), per_stage, strict=True):
+            logits = temperature * logits
             if logits.shape[1:] != size:
                 logits = F.interpolate(logits[None], size, mode="trilinear", align_corners=False)[0]
             fused = fused + logits

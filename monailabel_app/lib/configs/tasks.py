@@ -44,7 +44,7 @@ def text(engine: Engine) -> Text:
             "extent": EXTENT,
             "slice": -1,
             "refine": REFINE,
-            "certainty": 2.0,
+            "certainty": 1.0,
             "absent": ["error", "empty mask"],
         },
     )

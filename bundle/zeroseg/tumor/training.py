@@ -1,0 +1,489 @@
+"""Training of the adapters, the only part of DiffuGTS that learns from masks (paper section 2.1; ``configs/train_tumor.yaml``).
+
+Everything else is frozen, so every volume goes through the encoder once and its features are kept; an epoch is then a pass over
+features. The paper's losses are known from a third-party account: an image-level anomaly term, an alignment of pooled
+features with the text, and Dice. ZeroSeg adds cross-entropy per voxel, which is what calibrates the 0.5 of
+``AovaOutput.probability``, and trains on absence: healthy volumes, other organs' words and nonsense words must find nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import string
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.errors import ZeroSegError
+from zeroseg.hashing import file_sha256
+from zeroseg.tumor.adapters import AovaAdapters, AovaOutput
+from zeroseg.tumor.aova import load_adapters
+from zeroseg.tumor.inferer import TumorSegmentationInferer
+from zeroseg.tumor.prepare import prepare
+from zeroseg.tumor.prompts import ANY_TUMOUR, ORGANS, default_tumor, prompt_set
+from zeroseg.tumor.residuals import fit_fusions
+
+REGIONS = {
+    "limb": ("limb", "thigh", "soft tissue"),
+    "abdomen": ("abdomen", "liver", "kidney", "spleen", "pancreas", "colon", "hepatic vessel"),
+    "chest": ("lung",),
+    "head": ("brain",),
+}
+"""Region -> its organs. Asked for another region's tumour, nothing is to be found; within one, organs are not told apart."""
+WORDS_THAT_FIT = {"limb": REGIONS["limb"], "thigh": REGIONS["limb"], "soft tissue": REGIONS["limb"]}
+"""Organ -> organs whose words mean it as well; others also answer to the body as a whole."""
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A volume and what it shows.
+
+    Attributes:
+        image: path of the NIfTI volume.
+        mask: path of its mask; empty masks are healthy volumes.
+        organ: what is asked for when the question fits.
+        modality: ct, mr or pet.
+        kind: of lesion, where known.
+        real: not a phantom.
+    """
+
+    image: Path
+    mask: Path
+    organ: str
+    modality: str
+    kind: str | None = None
+    real: bool = False
+
+    @property
+    def stem(self) -> str:
+        return self.image.name.split(".")[0]
+
+
+@dataclass
+class Example:
+    """A case's features, ready for any number of training steps; ``target`` is the (X, Y, Z) bool mask on the working grid."""
+
+    features: tuple[Tensor, ...]
+    target: Tensor
+    case: TrainingCase
+
+
+def read_cases(folder: str | Path, organ: str | None = None, modality: str | None = None) -> list[TrainingCase]:
+    """The cases of a folder with ``images/`` and ``masks/`` of the same names.
+
+    Args:
+        folder: with ``cases.json`` (as ``scripts/phantoms.py --volumes`` writes it), or of real volumes of one kind.
+        organ, modality: of all cases, where there is no ``cases.json``.
+
+    Raises:
+        ZeroSegError: there are no images, a mask is missing, or it is not known what the volumes show.
+    """
+    folder = Path(folder).expanduser()
+    images = sorted(p for p in (folder / "images").glob("*") if p.name.endswith((".nii", ".nii.gz")))
+    if not images:
+        raise ZeroSegError(f"{folder} holds no images/*.nii.gz: give a folder with images and masks")
+    index = folder / "cases.json"
+    known = json.loads(index.read_text()) if index.is_file() else {}
+    cases = []
+    for image in images:
+        mask = folder / "masks" / image.name
+        facts = known.get(image.name.split(".")[0], {"organ": organ, "modality": modality})
+        if not mask.is_file():
+            raise ZeroSegError(f"{folder.name}: masks/{image.name} is missing; a healthy volume needs an empty mask")
+        if not facts.get("organ") or not facts.get("modality"):
+            raise ZeroSegError(f"{folder.name} has no cases.json entry for {image.name}: give organ and modality")
+        cases.append(TrainingCase(image, mask, facts["organ"], facts["modality"], facts.get("kind"), not known))
+    return cases
+
+
+def refuse_held_out(cases: Sequence[TrainingCase], held_out: Mapping[str, Sequence[str]]) -> None:
+    """Make sure that nothing held out is trained on.
+
+    Args:
+        cases: of the training.
+        held_out: ``kinds`` of lesion, ``modalities`` of real volumes and ``folders`` (names) that stay unseen.
+
+    Raises:
+        ZeroSegError: a case belongs to one of them.
+    """
+    for case in cases:
+        if case.kind is not None and case.kind in held_out.get("kinds", ()):
+            raise ZeroSegError(
+                f"{case.stem} shows a held-out kind of lesion, {case.kind}: take it out of the training folder"
+            )
+        if case.real and case.modality in held_out.get("modalities", ()):
+            raise ZeroSegError(f"{case.stem} is a real {case.modality} volume, which is held out: take that folder out")
+        if set(case.image.parts) & set(held_out.get("folders", ())):
+            raise ZeroSegError(f"{case.stem} lies in a held-out folder: take that folder out")
+
+
+class Questions:
+    """Random prompts for a case, with whether the case holds what they ask for. Embeddings are computed once per question."""
+
+    def __init__(self, encoder: TextEncoder, fitting: float = 0.65, nonsense: float = 0.15):
+        self.encoder, self.fitting, self.nonsense = encoder, fitting, nonsense
+        self._known: dict[tuple[str, str, str], tuple[Tensor, list[str]]] = {}
+
+    def draw(self, rng: np.random.Generator, case: TrainingCase) -> tuple[str, str, bool]:
+        """(organ, tumor, whether the words fit the place) for one step."""
+        chance = rng.random()
+        if chance < self.fitting:
+            organ = str(rng.choice([*WORDS_THAT_FIT.get(case.organ, (case.organ,)) * 2, "body"]))
+            names = ORGANS[organ]
+            return organ, str(rng.choice(names if rng.random() < 0.7 else ANY_TUMOUR)), True
+        if chance < self.fitting + self.nonsense:
+            letters = list(string.ascii_lowercase)
+            words = ["".join(rng.choice(letters, rng.integers(4, 10))) for _ in range(rng.integers(1, 4))]
+            return (case.organ if rng.random() < 0.6 else words[0]), " ".join(words), False
+        others = [o for organs in REGIONS.values() if case.organ not in organs for o in organs]
+        organ = str(rng.choice(others))
+        return organ, str(rng.choice(ORGANS[organ])), False
+
+    def embed(self, organ: str, tumor: str, modality: str) -> tuple[Tensor, list[str]]:
+        """(N, d) embeddings of the prompts the inferer would ask, and their roles."""
+        key = (organ, tumor, modality)
+        if key not in self._known:
+            asked = prompt_set(organ, tumor, modality)
+            self._known[key] = self.encoder.embed([t for _, t in asked]).clone(), [r for r, _ in asked]
+        return self._known[key]
+
+
+def losses(output: AovaOutput, prompts: Tensor, roles: Sequence[str], target: Tensor) -> dict[str, Tensor]:
+    """The training terms of one volume and one question.
+
+    Args:
+        output: of the adapters.
+        prompts: (N, d) embeddings, unit length.
+        roles: one per prompt.
+        target: (X, Y, Z) bool; empty where the answer is "absent".
+
+    Returns:
+        ``dice`` (zero for an empty target), ``voxel`` cross-entropy, ``image`` cross-entropy, and ``align``: symmetric
+        cross-entropy between pooled features and texts, one per role, at temperature 0.07.
+    """
+    present, wanted = bool(target.any()), target.float()
+    probability = output.margin.sigmoid()
+    overlap = 2 * (probability * wanted).sum() + 1
+    dice = 1 - overlap / (probability.sum() + wanted.sum() + 1)
+    voxel = F.binary_cross_entropy_with_logits(output.margin, wanted)
+    image = F.binary_cross_entropy_with_logits(output.image_logit, wanted.new_tensor(float(present)))
+    names = list(dict.fromkeys(roles))
+    members = [[i for i, role in enumerate(roles) if role == name] for name in names]
+    pooled = F.normalize(torch.stack([output.pooled[m].mean(0) for m in members]), dim=-1)
+    texts = F.normalize(torch.stack([prompts[m].mean(0) for m in members]), dim=-1)
+    likeness, own = pooled @ texts.T / 0.07, torch.arange(len(names), device=target.device)
+    align = (F.cross_entropy(likeness, own) + F.cross_entropy(likeness.T, own)) / 2
+    return {"dice": dice if present else dice * 0, "voxel": voxel, "image": image, "align": align}
+
+
+def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
+    """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise."""
+    order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
+    flips = [axis for axis in range(3) if rng.random() < 0.5]
+    volume = volume[0, 0].permute(*order).flip(flips)
+    target = target.permute(*order).flip(flips)
+    strength = 0.5 if modality == "ct" else 1.0  # HU are what they are, but for the scanner's calibration
+    gamma = float(np.exp(strength * rng.uniform(-0.3, 0.3)))
+    gain, offset = 1 + strength * rng.uniform(-0.12, 0.12), strength * rng.uniform(-0.04, 0.04)
+    noise = torch.from_numpy(rng.standard_normal(volume.shape).astype(np.float32)) * float(rng.uniform(0, 0.025))
+    changed = (volume.clamp(0, 1) ** gamma * gain + offset + noise).clamp(0, 1)
+    return changed[None, None].contiguous(), target.contiguous()
+
+
+def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: int) -> tuple[Tensor, Tensor]:
+    """A random part of a (1, 1, X, Y, Z) volume and its target with sides of at most ``longest`` voxels.
+
+    Where there is a lesion, the part holds the middle of a random piece of it: training costs less, and fields of view vary.
+    """
+    hits = target.nonzero()
+    anchor = hits[int(rng.integers(len(hits)))].tolist() if len(hits) else [int(rng.integers(n)) for n in target.shape]
+    place = []
+    for n, a in zip(target.shape, anchor, strict=True):
+        length = min(n, longest)
+        start = int(np.clip(a - rng.uniform(0.2, 0.8) * length, 0, n - length))
+        place.append(slice(start, start + length))
+    return volume[(..., *place)].contiguous(), target[tuple(place)].contiguous()
+
+
+class AdapterTrainer:
+    """Trains adapters for one frozen backbone and text encoder, and fits the fusion of the residuals.
+
+    Args:
+        backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
+        text_encoder: frozen.
+        phantoms: folder of ``scripts/phantoms.py --volumes``; None: none.
+        real: list of {folder, organ, modality}: real volumes with masks.
+        out: folder that gets ``adapters.safetensors`` and the config entries ``adapters`` and ``fusion``.
+        work: checkpoint; the run resumes from it.
+        adapters: options of ``AovaAdapters``.
+        initial: folder of trained adapters to start from instead of random ones.
+        held_out: see ``refuse_held_out``.
+        leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and measured
+            after it.
+        steps: optimiser steps.
+        batch: volumes per step.
+        lr: highest learning rate; warm-up, then a cosine to zero.
+        weights: of the terms of ``losses``.
+        real_share: of the volumes drawn per step.
+        variants: augmented readings of every real volume; phantoms get one each.
+        crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's ``size_multiple``.
+        fusion_volumes: training volumes the residuals' fusion is fitted on; 0: not fitted.
+        seed: of everything random.
+        save_every: steps between checkpoints.
+    """
+
+    def __init__(
+        self,
+        backbone: MaisiBackbone,
+        text_encoder: TextEncoder,
+        phantoms: str | Path | None,
+        out: str | Path,
+        work: str | Path,
+        real: Sequence[Mapping[str, str]] = (),
+        adapters: Mapping | None = None,
+        initial: str | Path | None = None,
+        held_out: Mapping[str, Sequence[str]] | None = None,
+        leave_out: Sequence[int] | None = None,
+        steps: int = 1500,
+        batch: int = 2,
+        lr: float = 3e-3,
+        weights: Mapping[str, float] | None = None,
+        real_share: float = 0.25,
+        variants: int = 8,
+        crop: int = 48,
+        fusion_volumes: int = 40,
+        seed: int = 0,
+        save_every: int = 200,
+    ):
+        self.backbone, self.encoder = backbone.load(), text_encoder.load()
+        self.out, self.work = Path(out), Path(work)
+        self.steps, self.batch, self.lr, self.seed, self.save_every = steps, batch, lr, seed, save_every
+        self.weights = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05, **(weights or {})}
+        self.real_share, self.variants, self.fusion_volumes = real_share, variants, fusion_volumes
+        if crop < 1 or crop % backbone.size_multiple:
+            raise ZeroSegError(f"crop must be a multiple of {backbone.size_multiple}, not {crop}")
+        self.crop = crop
+        self.held_out = dict(held_out or {})
+        cases = read_cases(phantoms) if phantoms is not None else []
+        found = [case for entry in real for case in read_cases(entry["folder"], entry["organ"], entry["modality"])]
+        fold, folds = leave_out or (0, 0)
+        self.left_out = [c for i, c in enumerate(found) if folds and i % folds == fold]
+        self.cases = [*cases, *(c for c in found if c not in self.left_out)]
+        if not self.cases:
+            raise ZeroSegError("there is nothing to train on: give phantoms or real")
+        refuse_held_out([*self.cases, *self.left_out], self.held_out)
+        self.questions = Questions(self.encoder)
+        torch.manual_seed(seed)
+        options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
+        self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
+        self._calibrated = initial is not None
+        self.adapters.requires_grad_(True).to(backbone.device)
+        self.log: list[list[float]] = []
+        self.seconds = 0.0
+
+    def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
+        """One case through the frozen encoder; with a generator, augmented."""
+        image = nib.load(case.image)
+        spacing = np.asarray(self.backbone.spacing)
+        if rng is not None and case.real:
+            spacing = spacing * rng.uniform(0.8, 1.2)
+        values = np.asarray(image.dataobj, dtype=np.float32)[None]
+        prepared = prepare(
+            values, image.affine, case.modality, spacing, self.backbone.size_multiple, self.backbone.ct_window
+        )
+        volume, target = prepared.volume, prepared.from_input(np.asarray(nib.load(case.mask).dataobj))
+        if rng is not None:
+            volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
+        features = self.backbone.read(volume).features
+        return Example(tuple(f.to("cpu", torch.float16) for f in features), target, case)
+
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Phantom and real training examples, read once."""
+        jobs = [(case, n) for case in self.cases for n in range(self.variants if case.real else 1)]
+        read = [
+            self.read(case, np.random.default_rng([self.seed, i, n]))
+            for i, (case, n) in enumerate(tqdm(jobs, desc="features", mininterval=10))
+        ]
+        return [e for e in read if not e.case.real], [e for e in read if e.case.real]
+
+    def run(self) -> dict:
+        """Train, measure on what was left out, fit the fusion, write the folder.
+
+        Returns:
+            What ``training.json`` records of it.
+        """
+        start = time.monotonic()
+        if self.steps:
+            self.train(*self.examples())
+        self.adapters.eval().requires_grad_(False)
+        self.seconds += time.monotonic() - start
+        self.save()
+        measured = {case.stem: round(self.dice(case), 4) for case in self.left_out}
+        fusion = self.fit_fusion() if self.fusion_volumes else None
+        return self.save(measured, fusion)
+
+    def train(self, phantoms: list[Example], real: list[Example]) -> None:
+        """Optimise the adapters on examples drawn anew in every step."""
+        if not self._calibrated:
+            self._calibrate([*phantoms, *real])
+        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
+        checkpoint, begin = self.work / "adapters.pt", 0
+        if checkpoint.is_file():
+            saved = torch.load(checkpoint, map_location=self.backbone.device, weights_only=True)
+            self.adapters.load_state_dict(saved["adapters"])
+            optimizer.load_state_dict(saved["optimizer"])
+            begin, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
+        bar = tqdm(range(begin, self.steps), initial=begin, total=self.steps, desc="adapters", mininterval=10)
+        mean: dict[str, float] = {}
+        for step in bar:
+            rng = np.random.default_rng(
+                [self.seed, step]
+            )  # by step, so that a resumed run draws what a whole one would
+            rate = min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / self.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = float(self.lr * max(rate, 0.01))
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(self.batch):
+                pool = real if real and (not phantoms or rng.random() < self.real_share) else phantoms
+                terms = self._terms(pool[rng.integers(len(pool))], rng)
+                (sum(self.weights[name] * term for name, term in terms.items()) / self.batch).backward()
+                for name, term in terms.items():
+                    mean[name] = 0.98 * mean.get(name, term.item()) + 0.02 * term.item()
+            torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
+            optimizer.step()
+            if (step + 1) % 50 == 0:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in mean.items()})
+                self.log.append([step + 1, *(round(value, 4) for value in mean.values())])
+            if (step + 1) % self.save_every == 0:
+                self.work.mkdir(parents=True, exist_ok=True)
+                state = {"adapters": self.adapters.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save({**state, "log": self.log, "seconds": self.seconds}, checkpoint.with_suffix(".part"))
+                checkpoint.with_suffix(".part").replace(checkpoint)
+
+    def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
+        organ, tumor, fits = self.questions.draw(rng, example.case)
+        device = self.backbone.device
+        prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
+        target = example.target if fits else torch.zeros_like(example.target)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
+            output = self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
+        for name in ("margin", "image_logit", "pooled"):
+            setattr(output, name, getattr(output, name).float())
+        return losses(output, prompts.to(device), roles, target.to(device))
+
+    def _calibrate(self, examples: list[Example]) -> None:
+        rng = np.random.default_rng(self.seed)
+        chosen = [examples[i] for i in rng.permutation(len(examples))[:120]]
+        samples = []
+        for level in range(len(self.adapters.stages)):
+            columns = []
+            for example in chosen:
+                flat = example.features[level][0].flatten(1).float()
+                columns.append(flat[:, torch.from_numpy(rng.integers(0, flat.shape[1], 500))])
+            samples.append(torch.cat(columns, 1))
+        self.adapters.calibrate(samples)
+
+    @torch.inference_mode()
+    def dice(self, case: TrainingCase, threshold: float = 0.5) -> float:
+        """Dice of the AOVA map alone against a case's mask, on the working grid, asked by the organ's default words."""
+        example = self.read(case)
+        prompts, roles = self.questions.embed(case.organ, default_tumor(case.organ), case.modality)
+        features = [f.to(self.backbone.device, torch.float32) for f in example.features]
+        found = (self.adapters(features, prompts.to(self.backbone.device), roles).probability > threshold).cpu()
+        total = int(found.sum() + example.target.sum())
+        return float(2 * (found & example.target).sum() / total) if total else 1.0
+
+    def fit_fusion(self, voxels: int = 2000) -> dict | None:
+        """Weights of AOVA margin and residuals, by logistic regression on voxels of training volumes with a lesion.
+
+        None where the adapters find no region with voxels both of lesions and of others: there is nothing to learn from.
+        """
+        rng = np.random.default_rng(self.seed)
+        inferer = TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
+        maps: dict[str, list[np.ndarray]] = {}
+        targets = []
+        order = [self.cases[i] for i in rng.permutation(len(self.cases))]
+        order = [c for pair in itertools.zip_longest(*([c for c in order if c.real is r] for r in (False, True))) for c in pair if c]  # fmt: skip
+        bar = tqdm(total=self.fusion_volumes, desc="fusion", mininterval=10)
+        for case in order:
+            mask = np.asarray(nib.load(case.mask).dataobj)
+            if not mask.any():
+                continue
+            image = nib.load(case.image)
+            encoded = inferer.encode(np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, case.modality)
+            found = inferer.maps(encoded, case.organ, default_tumor(case.organ))
+            inside = np.flatnonzero(found.region)
+            if len(inside):
+                chosen = rng.choice(inside, min(voxels, len(inside)), replace=False)
+                targets.append(encoded.prepared.from_input(mask).numpy().ravel()[chosen])
+                for name, values in found.fusion_inputs.items():
+                    maps.setdefault(name, []).append(values.ravel()[chosen])
+            bar.update()
+            if bar.n >= self.fusion_volumes:
+                break
+        target = np.concatenate(targets) if targets else np.zeros(0, bool)
+        if target.all() or not target.any():
+            return None
+        return fit_fusions({name: np.concatenate(values) for name, values in maps.items()}, target)
+
+    def save(self, measured: Mapping[str, float] | None = None, fusion: Mapping | None = None) -> dict:
+        """Write adapters, config entries, record and sums; returns the record."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = {k: v.half().contiguous().cpu() for k, v in self.adapters.state_dict().items()}
+        save_file(state, self.out / "adapters.safetensors")
+        config = _read_json(self.out / "config.json")
+        config["adapters"] = self.adapters.options
+        config.pop("fusion", None)
+        if fusion:
+            config["fusion"] = fusion
+        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        kinds = sorted({c.kind for c in self.cases if c.kind})
+        record = {
+            "phantoms": sum(not c.real for c in self.cases),
+            "real": sorted(c.stem for c in self.cases if c.real),
+            "lesion_kinds": kinds,
+            "held_out": {k: list(v) for k, v in self.held_out.items()},
+            "steps": self.steps,
+            "batch": self.batch,
+            "lr": self.lr,
+            "weights": self.weights,
+            "real_share": self.real_share,
+            "variants": self.variants,
+            "crop": self.crop,
+            "seed": self.seed,
+            "parameters": sum(p.numel() for p in self.adapters.parameters()),
+            "hours": round(self.seconds / 3600, 2),
+            "hardware": f"{self.backbone.device.type}, {torch.get_num_threads()} threads",
+            "backbone": self.backbone.fingerprint,
+            "text_encoder": self.encoder.fingerprint,
+            "loss": self.log[:: max(1, len(self.log) // 60)],
+        }
+        if measured:
+            record["left_out_dice"] = dict(measured)
+        summary = {**_read_json(self.out / "training.json"), "adapters": record}
+        (self.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_sums(self.out)
+        return record
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_sums(folder: Path) -> None:
+    """List every file of a model folder but its README in ``SHA256SUMS``."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
+    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))
