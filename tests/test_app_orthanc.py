@@ -145,7 +145,7 @@ def test_the_client_of_3d_slicer_gets_the_same_mask(client, server, series, tmp_
 
 @pytest.mark.parametrize("modality", ["CT", "MR", "CR"])
 def test_segments_come_back_as_dicom_seg_on_the_right_slices(server, series, store, modality, tmp_path):
-    """Asked for as a DICOM SEG, stored by STOW as a person's archive would be, and read again from there."""
+    """Asked for as a DICOM SEG, stored as a person's archive would be, and read again from there."""
     one = series[modality]
     options = {"extent": "slice", "max_segments": 4} if modality == "MR" else {"max_segments": 4}
     labels, affine = mask_of(infer(server, "segments", one.uid, "image", **options), tmp_path)
