@@ -139,7 +139,7 @@ def sentences(rng: np.random.Generator, count: int) -> tuple[list[str], list[tup
 
 
 class Trainer:
-    """Three phases, each resumable from ``work/state.pt``."""
+    """Four phases, each resumable from ``work/state.pt``."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -153,7 +153,7 @@ class Trainer:
         self.tokenizer, self.text = build_text_encoder(args.seed)
         self.text.to(self.device)
         self.ema = {k: v.detach().clone() for k, v in self.unet.named_parameters()}
-        self.state = {"vae_step": 0, "text_step": 0, "unet_step": 0, "seconds": 0.0, "log": [], "commands": []}
+        self.state = {"vae_step": 0, "text_step": 0, "unet_step": 0, "decoder_step": 0, "seconds": 0.0, "log": [], "commands": []}
         self._optimizer_of = self._optimizer_state = None
         self.checkpoint = self.work / "state.pt"
         if self.checkpoint.exists():
@@ -175,7 +175,7 @@ class Trainer:
 
     def _load(self) -> None:
         payload = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        self.state, self.ema = payload["state"], payload["ema"]
+        self.state, self.ema = {**self.state, **payload["state"]}, payload["ema"]
         for name in ("autoencoder", "unet", "text"):
             getattr(self, name).load_state_dict(payload[name])
         self._optimizer_state, self._optimizer_of = payload["optimizer"], payload["optimizer_of"]
@@ -241,6 +241,29 @@ class Trainer:
 
         self._phase("vae", args.vae_steps, self.autoencoder, 1e-3, loss_of)
         self.autoencoder.requires_grad_(False).eval()
+
+    def train_decoder(self, material: list[Material]) -> None:
+        """The decoder alone, on larger cubes: its group norms see the statistics of crops, and have to serve whole volumes.
+
+        The encoder keeps still, so latents, UNet and adapters stay as they are.
+        """
+        args = self.args
+        decoder = torch.nn.ModuleList([self.autoencoder.post_quant_conv, self.autoencoder.decoder])
+        real = [m for m in material if m.real]
+
+        def loss_of(rng):
+            pool = real if real and rng.random() < 0.25 else material
+            side = int(rng.choice([32, args.decoder_side]))
+            x = pool[rng.integers(len(pool))].crop(rng, side)[None].to(self.device)
+            with torch.no_grad():
+                mu = self.autoencoder.encode(x)[0]
+            decoded = self.autoencoder.decode(mu).float()
+            edges = sum((decoded.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3, 4))
+            return (decoded - x).abs().mean() + 0.3 * edges
+
+        decoder.requires_grad_(True)
+        self._phase("decoder", args.decoder_steps, decoder, 1e-3, loss_of)
+        decoder.requires_grad_(False)
 
     def train_text(self) -> None:
         """Supervised contrast (Khosla et al. 2020): wordings of one meaning attract, all others repel."""
@@ -323,7 +346,7 @@ class Trainer:
             "hardware": f"{self.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "volumes": counts,
             "parameters": {n: sum(p.numel() for p in getattr(self, n).parameters()) for n in ("autoencoder", "text", "unet")},
-            "steps": {n: self.state[f"{n}_step"] for n in ("vae", "text", "unet")},
+            "steps": {n: self.state[f"{n}_step"] for n in ("vae", "text", "unet", "decoder")},
             "hours": round(self.state["seconds"] / 3600, 2),
             "loss": log[:: max(1, len(log) // 60)],
         }  # fmt: skip
@@ -353,6 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--unet-batch", type=int, default=2, help="latents of 16^3 in a batch; more of the smaller ones"
     )
+    parser.add_argument("--decoder-steps", type=int, default=300)
+    parser.add_argument("--decoder-side", type=int, default=48)
     parser.add_argument("--lr", type=float, default=5e-4, help="of the UNet")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint and stop")
@@ -370,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train_vae(material)
         trainer.train_text()
         trainer.train_unet(material)
+        trainer.train_decoder(material)
     trainer.export(Path(args.out), counts)
 
 

@@ -55,7 +55,11 @@ def trainer(model, material, out, **options):
         "phantoms": material / "phantoms",
         "real": [{"folder": material / "mr", "organ": "limb", "modality": "mr"}],
         "adapters": {"hidden": 2, "context": [[], [3], [3]]},
-        "steps": 4,
+        "steps": 3,
+        "volume_steps": 2,
+        "voxels": 64,
+        "volumes": 2,
+        "batch": 1,
         "variants": 2,
         "crop": 16,
         "fusion_volumes": 0,
@@ -78,13 +82,13 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     parser.update(
         {"backbone": str(model), "text_encoder": str(model / "text"), "device": "cpu", "steps": 3, "crop": 16}
     )
-    parser.update({"variants": 1, "fusion_volumes": 2, "dtype": "fp32", "initial": str(model)})
+    parser.update({"variants": 1, "fusion_volumes": 2, "volume_steps": 1, "dtype": "fp32", "initial": str(model)})
     parser.get_parsed_content("run")
     verify_sums(out)
     config = json.loads((out / "config.json").read_text())
     assert set(config["fusion"]) >= {"aova", "aova+feature+pixel"}
     record = json.loads((out / "training.json").read_text())["adapters"]
-    assert record["steps"] == 3 and record["phantoms"] == 6 and len(record["real"]) == 2
+    assert record["steps"] == {"voxels": 3, "volumes": 1} and record["phantoms"] == 6 and len(record["real"]) == 2
     assert record["held_out"]["kinds"] == list(HELD_OUT)
     inferer = TumorSegmentationInferer(MaisiBackbone(out, device="cpu"), TextEncoder(out / "text"), out, steps=2)
     volume = torch.rand(1, 20, 20, 20) * 400
@@ -110,16 +114,16 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
         pass
 
     part = trainer(model, material, tmp_path / "part")
-    terms = part._terms
+    terms = part._voxel_terms
     calls = []
 
     def stop_in_the_third_step(*arguments):
         calls.append(1)
-        if len(calls) > 2 * part.batch:
+        if len(calls) > 2:
             raise Stop
         return terms(*arguments)
 
-    part._terms = stop_in_the_third_step
+    part._voxel_terms = stop_in_the_third_step
     with pytest.raises(Stop):
         part.run()
     again = trainer(model, material, tmp_path / "part")
@@ -129,7 +133,7 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
 
 
 def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):
-    run = trainer(model, material, tmp_path, leave_out=[1, 2], steps=1)
+    run = trainer(model, material, tmp_path, leave_out=[1, 2], steps=1, volume_steps=1)
     assert len(run.left_out) == 1 and run.left_out[0] not in run.cases
     record = run.run()
     assert set(record["left_out_dice"]) == {run.left_out[0].stem} and run.left_out[0].stem not in record["real"]
@@ -137,7 +141,7 @@ def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_pat
 
 
 def test_training_starts_from_given_adapters(model, material, tmp_path):
-    run = trainer(model, material, tmp_path, initial=model, steps=0)
+    run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=0)
     run.run()
     assert load_adapters(tmp_path).options == load_adapters(model).options
     assert torch.allclose(load_adapters(tmp_path).bias, load_adapters(model).bias, atol=1e-2)
@@ -216,11 +220,12 @@ def test_the_backbone_script_trains_resumes_and_exports(material, tmp_path):
     real = f"mr={material / 'mr' / 'images'}"
     arguments = ["--real", real, "--phantoms", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     arguments += ["--vae-steps", "1", "--vae-side", "16", "--text-steps", "2", "--device", "cpu", "--unet-batch", "1"]
+    arguments += ["--decoder-steps", "1", "--decoder-side", "16"]
     train_tumor_backbone.main([*arguments, "--unet-steps", "0"])
     train_tumor_backbone.main([*arguments, "--unet-steps", "1"])
     verify_sums(tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "training.json").read_text())["backbone"]
-    assert summary["steps"] == {"vae": 1, "text": 2, "unet": 1} and summary["volumes"] == {"phantoms": 4, "real": 2}
+    assert summary["steps"] == {"vae": 1, "text": 2, "unet": 1, "decoder": 1} and summary["volumes"] == {"phantoms": 4, "real": 2}
     assert len(summary["commands"]) == 2 and all("mr=FOLDER" in c and str(tmp_path) not in c.split("--work")[0] for c in summary["commands"])  # fmt: skip
     backbone = MaisiBackbone(tmp_path / "out", device="cpu").load()
     assert backbone.scale_factor != 1 and backbone.encode(torch.rand(1, 1, 16, 16, 16)).shape == (1, 4, 4, 4, 4)

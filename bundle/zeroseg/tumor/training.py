@@ -1,7 +1,8 @@
 """Training of the adapters, the only part of DiffuGTS that learns from masks (paper section 2.1; ``configs/train_tumor.yaml``).
 
-Everything else is frozen, so every volume goes through the encoder once and its features are kept; an epoch is then a pass over
-features. The paper's losses are known from a third-party account: an image-level anomaly term, an alignment of pooled
+Everything else is frozen. Training has two phases. First, voxels: every volume goes through the encoder once, what the adapters
+see of some of its voxels is kept, and each step draws from dozens of volumes. Then, volumes: whole ones,
+encoded anew, which fits what needs them: interpolation between the stages, calibration, the image-level answer. The paper's losses are known from a third-party account: an image-level anomaly term, an alignment of pooled
 features with the text, and Dice. ZeroSeg adds cross-entropy per voxel, which is what calibrates the 0.5 of
 ``AovaOutput.probability``, and trains on absence: healthy volumes, other organs' words and nonsense words must find nothing.
 """
@@ -28,7 +29,7 @@ from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.errors import ZeroSegError
 from zeroseg.hashing import file_sha256
-from zeroseg.tumor.adapters import AovaAdapters, AovaOutput
+from zeroseg.tumor.adapters import AovaAdapters, AovaOutput, role_margin
 from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.inferer import TumorSegmentationInferer
 from zeroseg.tumor.prepare import prepare
@@ -73,10 +74,27 @@ class TrainingCase:
 
 @dataclass
 class Example:
-    """A case's features, ready for any number of training steps; ``target`` is the (X, Y, Z) bool mask on the working grid."""
+    """A case on the working grid: the encoder's features and the (X, Y, Z) bool mask."""
 
     features: tuple[Tensor, ...]
     target: Tensor
+    case: TrainingCase
+
+
+@dataclass
+class VoxelSamples:
+    """Some voxels of one case.
+
+    Attributes:
+        inputs: per stage (V, inputs of T) float16: what that stage's adapter sees at the coarse voxel around each.
+        target: (V,) bool.
+        weight: (V,) how many voxels of the volume each stands for, as a share; adds up to 1.
+        case: the case.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    weight: Tensor
     case: TrainingCase
 
 
@@ -232,8 +250,11 @@ class AdapterTrainer:
         held_out: see ``refuse_held_out``.
         leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and measured
             after it.
-        steps: optimiser steps.
-        batch: volumes per step.
+        steps: of the first phase, on voxels.
+        volume_steps: of the second phase, on whole volumes.
+        volumes: cases per step of the first phase.
+        voxels: kept of every case for the first phase.
+        batch: volumes per step of the second phase.
         lr: highest learning rate; warm-up, then a cosine to zero.
         weights: of the terms of ``losses``.
         real_share: of the volumes drawn per step.
@@ -257,7 +278,10 @@ class AdapterTrainer:
         held_out: Mapping[str, Sequence[str]] | None = None,
         leave_out: Sequence[int] | None = None,
         steps: int = 1500,
-        batch: int = 2,
+        volume_steps: int = 200,
+        volumes: int = 32,
+        voxels: int = 1500,
+        batch: int = 4,
         lr: float = 3e-3,
         weights: Mapping[str, float] | None = None,
         real_share: float = 0.25,
@@ -269,6 +293,7 @@ class AdapterTrainer:
     ):
         self.backbone, self.encoder = backbone.load(), text_encoder.load()
         self.out, self.work = Path(out), Path(work)
+        self.volume_steps, self.volumes, self.voxels = volume_steps, volumes, voxels
         self.steps, self.batch, self.lr, self.seed, self.save_every = steps, batch, lr, seed, save_every
         self.weights = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05, **(weights or {})}
         self.real_share, self.variants, self.fusion_volumes = real_share, variants, fusion_volumes
@@ -307,16 +332,42 @@ class AdapterTrainer:
         if rng is not None:
             volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
         features = self.backbone.read(volume).features
-        return Example(tuple(f.to("cpu", torch.float16) for f in features), target, case)
+        return Example(tuple(f.cpu() for f in features), target, case)
 
-    def examples(self) -> tuple[list[Example], list[Example]]:
-        """Phantom and real training examples, read once."""
-        jobs = [(case, n) for case in self.cases for n in range(self.variants if case.real else 1)]
-        read = [
-            self.read(case, np.random.default_rng([self.seed, i, n]))
-            for i, (case, n) in enumerate(tqdm(jobs, desc="features", mininterval=10))
-        ]
-        return [e for e in read if not e.case.real], [e for e in read if e.case.real]
+    def sample(self, example: Example, rng: np.random.Generator) -> VoxelSamples:
+        """``voxels`` voxels of a case: two fifths of them of the lesion where there is one, the others from anywhere."""
+        flat = example.target.flatten().numpy()
+        inside = np.flatnonzero(flat)
+        count = self.voxels * 2 // 5 if len(inside) else 0
+        outside = np.flatnonzero(~flat)
+        chosen = np.concatenate([rng.choice(inside, count), rng.choice(outside, self.voxels - count)]).astype(np.int64)
+        weight = np.repeat(
+            [len(inside) / max(count, 1), len(outside) / (self.voxels - count)], [count, self.voxels - count]
+        )
+        place = np.stack(np.unravel_index(chosen, example.target.shape))
+        inputs = []
+        for level, (stage, features) in enumerate(zip(self.adapters.stages, example.features, strict=True)):
+            seen = stage.surroundings(stage.standardise(features.to(self.backbone.device, torch.float32)))[0].cpu()
+            inputs.append(seen[(slice(None), *torch.from_numpy(place >> level))].T.half())
+        target = torch.from_numpy(flat[chosen])
+        return VoxelSamples(tuple(inputs), target, torch.from_numpy(weight / flat.size).float(), example.case)
+
+    def samples(self) -> list[VoxelSamples]:
+        """Voxels of all training cases; of real ones ``variants`` times, augmented anew."""
+        jobs = [(i, n) for i, case in enumerate(self.cases) for n in range(self.variants if case.real else 1)]
+
+        def read(i: int, n: int) -> Example:
+            return self.read(self.cases[i], np.random.default_rng([self.seed, i, n]))
+
+        if not self._calibrated:
+            order = np.random.default_rng(self.seed).permutation(len(jobs))[:60]
+            self._calibrate([read(*jobs[j]) for j in order])
+            self._calibrated = True
+        with torch.inference_mode():
+            return [
+                self.sample(read(i, n), np.random.default_rng([self.seed, i, n, 1]))
+                for i, n in tqdm(jobs, desc="reading", mininterval=10)
+            ]
 
     def run(self) -> dict:
         """Train, measure on what was left out, fit the fusion, write the folder.
@@ -325,8 +376,7 @@ class AdapterTrainer:
             What ``training.json`` records of it.
         """
         start = time.monotonic()
-        if self.steps:
-            self.train(*self.examples())
+        self.train()
         self.adapters.eval().requires_grad_(False)
         self.seconds += time.monotonic() - start
         self.save()
@@ -334,51 +384,110 @@ class AdapterTrainer:
         fusion = self.fit_fusion() if self.fusion_volumes else None
         return self.save(measured, fusion)
 
-    def train(self, phantoms: list[Example], real: list[Example]) -> None:
-        """Optimise the adapters on examples drawn anew in every step."""
-        if not self._calibrated:
-            self._calibrate([*phantoms, *real])
-        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
-        checkpoint, begin = self.work / "adapters.pt", 0
+    def train(self) -> None:
+        """Both phases; the second begins with the first one's result and a tenth of its learning rate."""
+        checkpoint = self.work / "adapters.pt"
+        state = {"voxels": 0, "volumes": 0}
         if checkpoint.is_file():
             saved = torch.load(checkpoint, map_location=self.backbone.device, weights_only=True)
             self.adapters.load_state_dict(saved["adapters"])
-            optimizer.load_state_dict(saved["optimizer"])
-            begin, self.log, self.seconds = saved["step"], saved["log"], saved["seconds"]
-        bar = tqdm(range(begin, self.steps), initial=begin, total=self.steps, desc="adapters", mininterval=10)
+            self._calibrated = True
+            state, self.log, self.seconds = saved["state"], saved["log"], saved["seconds"]
+            self._optimizer_state = saved["optimizer"]
+        if state["voxels"] < self.steps:
+            samples = self.samples()
+            pools = [[s for s in samples if s.case.real is real] for real in (False, True)]
+            self._phase("voxels", self.steps, self.lr, state, lambda rng: self._voxel_terms(pools, rng))
+        if state["volumes"] < self.volume_steps:
+            pools = [[c for c in self.cases if c.real is real] for real in (False, True)]
+            self._phase("volumes", self.volume_steps, self.lr / 10, state, lambda rng: self._volume_terms(pools, rng))
+
+    def _phase(self, name: str, steps: int, lr: float, state: dict[str, int], terms_of) -> None:
+        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+        if state[name]:
+            optimizer.load_state_dict(self._optimizer_state)
         mean: dict[str, float] = {}
+        bar = tqdm(range(state[name], steps), initial=state[name], total=steps, desc=name, mininterval=10)
         for step in bar:
             rng = np.random.default_rng(
-                [self.seed, step]
-            )  # by step, so that a resumed run draws what a whole one would
-            rate = min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / self.steps))
+                [self.seed, len(name), step]
+            )  # so that a resumed run draws what a whole one would
+            rate = min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
             for group in optimizer.param_groups:
-                group["lr"] = float(self.lr * max(rate, 0.01))
+                group["lr"] = float(lr * max(rate, 0.01))
             optimizer.zero_grad(set_to_none=True)
-            for _ in range(self.batch):
-                pool = real if real and (not phantoms or rng.random() < self.real_share) else phantoms
-                terms = self._terms(pool[rng.integers(len(pool))], rng)
-                (sum(self.weights[name] * term for name, term in terms.items()) / self.batch).backward()
-                for name, term in terms.items():
-                    mean[name] = 0.98 * mean.get(name, term.item()) + 0.02 * term.item()
+            with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.backbone.device.type != "mps"):
+                terms = terms_of(rng)
+            sum(self.weights[key] * term for key, term in terms.items()).backward()
             torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
             optimizer.step()
+            for key, term in terms.items():
+                mean[key] = 0.97 * mean.get(key, term.item()) + 0.03 * term.item()
+            state[name] = step + 1
             if (step + 1) % 50 == 0:
-                bar.set_postfix({name: f"{value:.3f}" for name, value in mean.items()})
-                self.log.append([step + 1, *(round(value, 4) for value in mean.values())])
-            if (step + 1) % self.save_every == 0:
+                bar.set_postfix({key: f"{value:.3f}" for key, value in mean.items()})
+                self.log.append([name, step + 1, {key: round(value, 4) for key, value in mean.items()}])
+            if (step + 1) % self.save_every == 0 or step + 1 == steps:
                 self.work.mkdir(parents=True, exist_ok=True)
-                state = {"adapters": self.adapters.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                torch.save({**state, "log": self.log, "seconds": self.seconds}, checkpoint.with_suffix(".part"))
-                checkpoint.with_suffix(".part").replace(checkpoint)
+                parts = {"adapters": self.adapters.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+                part = (self.work / "adapters.pt").with_suffix(".part")
+                torch.save({**parts, "log": self.log, "seconds": self.seconds}, part)
+                part.replace(self.work / "adapters.pt")
+
+    def _draw(self, pools: list[list], rng: np.random.Generator):
+        phantoms, real = pools
+        pool = real if real and (not phantoms or rng.random() < self.real_share) else phantoms
+        return pool[rng.integers(len(pool))]
+
+    def _voxel_terms(self, pools: list[list[VoxelSamples]], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Dice per volume and cross-entropy over random voxels of ``volumes`` cases, each with a question of its own."""
+        device, count = self.backbone.device, min(256, self.voxels)
+        chosen = [self._draw(pools, rng) for _ in range(self.volumes)]
+        fits, prompts, roles = [], [], []
+        for sample in chosen:
+            organ, tumor, fit = self.questions.draw(rng, sample.case)
+            embedded, roles = self.questions.embed(organ, tumor, sample.case.modality)
+            fits.append(fit)
+            prompts.append(embedded)
+        picks = [torch.from_numpy(rng.choice(len(s.target), count, replace=False)) for s in chosen]
+        fits = torch.tensor(fits, device=device)[:, None]
+        target = torch.stack([s.target[p] for s, p in zip(chosen, picks, strict=True)]).to(device) & fits
+        weight = torch.stack([s.weight[p] for s, p in zip(chosen, picks, strict=True)]).to(device)
+        prompts = torch.stack(prompts).to(device)
+        logits = 0
+        for level, (stage, temperature) in enumerate(
+            zip(self.adapters.stages, self.adapters.log_temperature.exp(), strict=True)
+        ):
+            seen = torch.stack([s.inputs[level][p].float() for s, p in zip(chosen, picks, strict=True)]).to(device)
+            adapted = stage.alpha * stage.adapt(seen) + (1 - stage.alpha) * seen[..., : stage.channels]
+            keys = stage.key(stage.text(prompts))
+            logits = (
+                logits + temperature * torch.einsum("bvc,bnc->nbv", stage.query(adapted), keys) / stage.channels**0.5
+            )
+        margin = role_margin(logits.float(), roles) + self.adapters.bias
+        wanted = target.float()
+        share = (weight / weight.mean()).sqrt()  # between true frequencies, which drown lesions, and equal ones
+        voxel = F.binary_cross_entropy_with_logits(margin, wanted, share)
+        present = target.any(1)
+        found, weight = margin[present].sigmoid(), weight[present]
+        overlap = 2 * (weight * found * wanted[present]).sum(1) + 1e-3
+        dice = 1 - overlap / ((weight * (found + wanted[present])).sum(1) + 1e-3)
+        return {"dice": dice.mean() if present.any() else voxel * 0, "voxel": voxel}
+
+    def _volume_terms(self, pools: list[list[TrainingCase]], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The mean of ``losses`` over ``batch`` whole volumes, read anew and augmented."""
+        total: dict[str, Tensor] = {}
+        for _ in range(self.batch):
+            terms = self._terms(self.read(self._draw(pools, rng), rng), rng)
+            total = {name: total.get(name, 0) + term / self.batch for name, term in terms.items()}
+        return total
 
     def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
         organ, tumor, fits = self.questions.draw(rng, example.case)
         device = self.backbone.device
         prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
         target = example.target if fits else torch.zeros_like(example.target)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
-            output = self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
+        output = self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
         for name in ("margin", "image_logit", "pooled"):
             setattr(output, name, getattr(output, name).float())
         return losses(output, prompts.to(device), roles, target.to(device))
@@ -455,7 +564,9 @@ class AdapterTrainer:
             "real": sorted(c.stem for c in self.cases if c.real),
             "lesion_kinds": kinds,
             "held_out": {k: list(v) for k, v in self.held_out.items()},
-            "steps": self.steps,
+            "steps": {"voxels": self.steps, "volumes": self.volume_steps},
+            "volumes": self.volumes,
+            "voxels": self.voxels,
             "batch": self.batch,
             "lr": self.lr,
             "weights": self.weights,
