@@ -153,7 +153,15 @@ class Trainer:
         self.tokenizer, self.text = build_text_encoder(args.seed)
         self.text.to(self.device)
         self.ema = {k: v.detach().clone() for k, v in self.unet.named_parameters()}
-        self.state = {"vae_step": 0, "text_step": 0, "unet_step": 0, "decoder_step": 0, "seconds": 0.0, "log": [], "commands": []}
+        self.state = {
+            "vae_step": 0,
+            "text_step": 0,
+            "unet_step": 0,
+            "decoder_step": 0,
+            "seconds": 0.0,
+            "log": [],
+            "commands": [],
+        }
         self._optimizer_of = self._optimizer_state = None
         self.checkpoint = self.work / "state.pt"
         if self.checkpoint.exists():

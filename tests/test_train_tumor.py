@@ -225,7 +225,10 @@ def test_the_backbone_script_trains_resumes_and_exports(material, tmp_path):
     train_tumor_backbone.main([*arguments, "--unet-steps", "1"])
     verify_sums(tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "training.json").read_text())["backbone"]
-    assert summary["steps"] == {"vae": 1, "text": 2, "unet": 1, "decoder": 1} and summary["volumes"] == {"phantoms": 4, "real": 2}
+    assert summary["steps"] == {"vae": 1, "text": 2, "unet": 1, "decoder": 1} and summary["volumes"] == {
+        "phantoms": 4,
+        "real": 2,
+    }
     assert len(summary["commands"]) == 2 and all("mr=FOLDER" in c and str(tmp_path) not in c.split("--work")[0] for c in summary["commands"])  # fmt: skip
     backbone = MaisiBackbone(tmp_path / "out", device="cpu").load()
     assert backbone.scale_factor != 1 and backbone.encode(torch.rand(1, 1, 16, 16, 16)).shape == (1, 4, 4, 4, 4)
