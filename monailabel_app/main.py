@@ -120,7 +120,9 @@ class ZeroSegApp(MONAILabelApp):
             raise NotFound(f"there is no image {image!r} in the datastore")
         if not errors.is_name(str(request.get("label_tag", "original"))):
             raise Refused("label_tag is no valid name: names hold no folders")
-        return super().infer(request, datastore)
+        result = super().infer(request, datastore)
+        dicom_seg.remember(result["params"])
+        return result
 
     def bundle_path(self, model: str | None) -> None:
         """Called by MONAI Label when a background task starts: the one place to refuse an unknown model before it does."""

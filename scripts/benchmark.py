@@ -57,10 +57,10 @@ from train_backbone import build_tokenizer
 from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_attention, label_map, merge_attention
 from zeroseg.attention.merge import anchor_indices, merge_to
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
+from zeroseg.backbones.frozen import DTYPES
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import versions, write_json
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MB = 1e6
 
 
@@ -274,6 +274,25 @@ def table(figures: dict[str, float]) -> str:
     return "\n".join(f"{name:<{width}}  {value:>10.4g}" for name, value in figures.items())
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """The options every benchmark has: where it computes, how precisely, and where its figures go."""
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps (default cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+
+
+def machine_context(device: torch.device, dtype: str) -> dict[str, object]:
+    """What figures depend on beside the settings, for the record."""
+    return {
+        "device": str(device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "versions": versions(),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,10 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--select", choices=["segments", "auto"], default="segments", help="the mask's rule")
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds after the warm-up (default 3)")
     parser.add_argument("--reference", action="store_true", help="also time a broadcasting transcription of the merge")
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps (default cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    add_machine_options(parser)
     args = parser.parse_args(argv)
     if args.repeat < 1:
         parser.error("--repeat must be at least 1")
@@ -311,11 +327,7 @@ def main(argv: list[str] | None = None) -> int:
             "select": args.select,
             "repeat": args.repeat,
             "inferer": inferer.settings(),
-            "device": str(backbone.device),
-            "dtype": args.dtype,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "versions": versions(),
+            **machine_context(backbone.device, args.dtype),
         }
         if args.json:
             write_json(args.json, {**figures, "context": context})

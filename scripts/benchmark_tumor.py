@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -30,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 import _path  # noqa: F401
-from benchmark import MB, PeakMemory, timed
+from benchmark import MB, PeakMemory, add_machine_options, machine_context, timed
 from results import markdown_rows
 from zeroseg.backbones.maisi import COMPACT, MAISI_RFLOW, MaisiBackbone
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import versions, write_json
+from zeroseg.io import write_json
 from zeroseg.tumor import AovaAdapters
 from zeroseg.tumor.aova import aova_map, encode_features, healthy_margin_loss
 from zeroseg.tumor.inpainting import pseudo_healthy
@@ -126,10 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=list(SHAPES), default="compact", help="of the networks (default compact)")
     parser.add_argument("--size", type=int, nargs="+", default=[64, 128], help="sides in voxels (default 64 128)")
     parser.add_argument("--steps", type=int, default=20, help="inpainting steps, all of them walked (default 20)")
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps (default cpu)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    add_machine_options(parser)
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")
@@ -147,11 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()},
             "window": list(backbone.window),
             "steps": args.steps,
-            "device": str(backbone.device),
-            "dtype": args.dtype,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "versions": versions(),
+            **machine_context(backbone.device, args.dtype),
         }
         if args.json:
             write_json(args.json, {"sizes": sizes, "context": context})

@@ -56,10 +56,12 @@ from tqdm import tqdm
 import _path  # noqa: F401
 from baselines import AUTOMATIC, BRIGHT, CLICKS
 from results import (
+    Parser,
     best_median_worst,
     find_pairs,
     markdown_table,
     mean_over_sets,
+    run_evaluation,
     summarise_groups,
     write_csv,
     write_text,
@@ -374,18 +376,13 @@ def evaluate_suite(suite: Path, out: Path, inferer, control, args) -> int:
     return failures
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ZeroSegError(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked.
 
     Raises:
         ZeroSegError: an argument is missing, unknown or of a wrong value.
     """
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inferer", choices=["attention", "tumor"], default="attention", help="what is evaluated")
     parser.add_argument("--images", type=Path, help="folder of 2-D images")
     parser.add_argument("--masks", type=Path, help="folder of masks with the images' names")
@@ -465,6 +462,24 @@ def _settings(pairs: list[str]) -> dict:
     return settings
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate the set or the suite of a command line; returns how many cases and sets failed."""
+
+    def make(untrained: bool) -> AttentionSegmentationInferer:
+        backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device, untrained=untrained)
+        inferer = AttentionSegmentationInferer(backbone=backbone, **args.settings)
+        inferer.check()
+        return inferer
+
+    inferer, control = make(False), make(True) if args.control else None
+    if args.suite is not None:
+        return evaluate_suite(args.suite, args.out, inferer, control, args)
+    name, text = args.images.resolve().name, args.texts.get(None)
+    summary, _, failures = evaluate_set(name, args.images, args.masks, args.out, inferer, control, args, text)
+    print(markdown_table({name: summary}))
+    return failures
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -475,30 +490,7 @@ def main(argv: list[str] | None = None) -> int:
         from evaluate_volumes import main as evaluate_tumours
 
         return evaluate_tumours(argv)
-    try:
-        args = parse(argv)
-
-        def make(untrained: bool) -> AttentionSegmentationInferer:
-            backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device, untrained=untrained)
-            inferer = AttentionSegmentationInferer(backbone=backbone, **args.settings)
-            inferer.check()
-            return inferer
-
-        inferer, control = make(False), make(True) if args.control else None
-        if args.suite is not None:
-            failures = evaluate_suite(args.suite, args.out, inferer, control, args)
-        else:
-            name, text = args.images.resolve().name, args.texts.get(None)
-            summary, _, failures = evaluate_set(name, args.images, args.masks, args.out, inferer, control, args, text)
-            print(markdown_table({name: summary}))
-    except ZeroSegError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    if failures:
-        print(f"evaluate.py: {failures} failed, see settings.failed in summary.json", file=sys.stderr)
-        return 2
-    print(f"results: {args.out}")
-    return 0
+    return run_evaluation(parse, evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ from tqdm import tqdm
 
 import _path  # noqa: F401
 from results import (
+    Parser,
     best_median_worst,
     find_pairs,
     markdown_rows,
     methods_of,
+    run_evaluation,
     summarise_groups,
     write_csv,
     write_text,
@@ -60,6 +62,7 @@ from zeroseg.io import (
     contact_sheet,
     overlay_slices,
     read_image,
+    slice_affine,
     to_unit_range,
     versions,
     write_json,
@@ -115,10 +118,7 @@ def load_volume(image_case: Case, mask_case: Case, modality: str | None) -> Volu
     spacing, affine = image.spacing or (1.0,) * truth.ndim, image.affine
     if not image.is_volume:
         values, unit, truth = values[..., None], unit[..., None], truth[..., None]
-        row, column = spacing
-        spacing = (row, column, 1.0)
-        # Rows run to the back, columns to the patient's left: the radiological way of showing a slice.
-        affine = np.array([[0, -column, 0, 0], [-row, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=float)
+        spacing, affine = (*spacing, 1.0), slice_affine(spacing)
     modality = modality or MODALITIES.get(image.modality or "")
     return Volume(image_case.stem, values, unit, truth, affine, tuple(spacing), modality)
 
@@ -346,18 +346,13 @@ def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace
     return summary, len(failed)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ZeroSegError(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked.
 
     Raises:
         ZeroSegError: an argument is missing, unknown or of a wrong value.
     """
-    parser = _Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inferer", choices=["tumor"], default="tumor", help="this evaluation")
     parser.add_argument("--protocol", choices=["tumor"], default="tumor", help="the only one")
     parser.add_argument("--images", type=Path, required=True, help="folder of volumes or 2-D images")
@@ -416,17 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
     """
-    try:
-        args = parse(argv)
-        _, failures = evaluate_volumes(make_inferer(args), args)
-    except ZeroSegError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    if failures:
-        print(f"evaluate.py: {failures} failed, see settings.failed in summary.json", file=sys.stderr)
-        return 2
-    print(f"results: {args.out}")
-    return 0
+    return run_evaluation(parse, lambda args: evaluate_volumes(make_inferer(args), args)[1], argv)
 
 
 if __name__ == "__main__":

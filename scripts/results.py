@@ -1,11 +1,13 @@
-"""What every evaluation shares: pairs of images and masks, means with their uncertainty, tables and files."""
+"""What every evaluation shares: its command line, pairs of images and masks, means with their uncertainty, tables, files."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
+import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,44 @@ import numpy as np
 import _path  # noqa: F401
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Case, atomic_path, find_cases
+
+# Command line.
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, without the usage."""
+
+    def error(self, message: str):
+        raise ZeroSegError(message)
+
+
+def run_evaluation(
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    evaluate: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """Run an evaluation as ``evaluate.py``; what the user can mend is one line on stderr.
+
+    Args:
+        parse: command line -> arguments, of which ``out`` is the folder of the results.
+        evaluate: does the work and returns how many cases failed.
+        argv: the command line, None for the process's own.
+
+    Returns:
+        Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
+    """
+    try:
+        args = parse(argv)
+        failures = evaluate(args)
+    except ZeroSegError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    if failures:
+        print(f"evaluate.py: {failures} failed, see settings.failed in summary.json", file=sys.stderr)
+        return 2
+    print(f"results: {args.out}")
+    return 0
+
 
 # Cases.
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from pathlib import Path
 import pydicom
 import requests
 
+from processes import running
 from serve import free_port
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -96,30 +94,6 @@ def orthanc(folder: Path, patience: float = 60) -> Iterator[Orthanc]:
     }
     configuration = folder / "orthanc.json"
     configuration.write_text(json.dumps(settings, indent=1))
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            [program(), str(configuration)], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + patience
-        while not _answers(f"{url}/dicom-web/studies"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"Orthanc did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.1)
+    with running([program(), str(configuration)], log, f"{url}/dicom-web/studies", patience) as process:
         yield Orthanc(url, process)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return requests.get(url, timeout=5).status_code == 200
-    except requests.RequestException:
-        return False

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from processes import running
 from serve import free_port
 
 SERVE = Path(__file__).resolve().parents[1] / "scripts" / "serve.py"
@@ -67,37 +66,12 @@ def serving(
     port, log = free_port("127.0.0.1"), folder / "server.log"
     command = [sys.executable, str(SERVE), "--studies", str(studies), "--port", str(port), *options]
     own = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
         "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
         "MONAI_LABEL_DICOMWEB_CACHE_PATH": str(folder / "dicom"),
+        **(environment or {}),
     }
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **own, **(environment or {})},
-            start_new_session=True,
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + patience
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.2)
+    with running(command, log, f"{url}/info/", patience, own, alive=(200, 401)) as process:
         yield Server(url, process, log)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # the group: a batch runs in a process of its own
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/info/", timeout=5).status_code in (200, 401)
-    except requests.RequestException:
-        return False

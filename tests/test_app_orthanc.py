@@ -97,7 +97,7 @@ def volume_of(seg: pydicom.Dataset, series: Series, number: int) -> np.ndarray:
     return volume
 
 
-def check(seg: pydicom.Dataset, series: Series, labels: np.ndarray, names: dict[int, str]) -> None:
+def check(seg: pydicom.Dataset, series: Series, labels: np.ndarray, names: dict[int, str], kind: str) -> None:
     """A DICOM SEG holds these labels, on the slices they belong to, and says where they come from."""
     segments = {int(s.SegmentNumber): s for s in seg.SegmentSequence}
     assert [s.SegmentLabel for s in segments.values()] == list(names.values())
@@ -105,7 +105,7 @@ def check(seg: pydicom.Dataset, series: Series, labels: np.ndarray, names: dict[
         np.testing.assert_array_equal(volume_of(seg, series, number), labels == label)
         algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
         assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("ZeroSeg", __version__)
-        assert segment.SegmentAlgorithmName == "ZeroSeg"
+        assert (segment.SegmentAlgorithmName, segment.SegmentAlgorithmType) == ("ZeroSeg", kind)
     assert (seg.Modality, seg.SOPClassUID) == ("SEG", SEGMENTATION)
     assert seg.StudyInstanceUID == series.study and seg.SeriesInstanceUID != series.uid
     referenced = seg.ReferencedSeriesSequence[0]
@@ -160,7 +160,7 @@ def test_segments_come_back_as_dicom_seg_on_the_right_slices(server, series, sto
     seg = pydicom.dcmread(io.BytesIO(answer.content))
     store.store(answer.content)
     [stored] = store.instances(Modality="SEG", SOPInstanceUID=seg.SOPInstanceUID)
-    check(stored, one, labels, {label: f"part {label}" for label in present})
+    check(stored, one, labels, {label: f"part {label}" for label in present}, "AUTOMATIC")
     assert highdicom.seg.Segmentation.from_dataset(stored, copy=False).number_of_segments == len(present)
 
 
@@ -171,7 +171,16 @@ def test_a_label_that_is_saved_is_stored_in_orthanc(client, series, store):
     saved = client.save_label(ct.uid, path, "final", {"label_info": [{"name": "round mass", "idx": 1}]})
     assert saved["image"] == ct.uid
     [seg] = [s for s in store.instances(Modality="SEG") if s.SOPInstanceUID not in before]
-    check(seg, ct, read_image(find_cases(Path(path))[0]).array[0].astype(np.uint8), {1: "round mass"})
+    check(seg, ct, read_image(find_cases(Path(path))[0]).array[0].astype(np.uint8), {1: "round mass"}, "SEMIAUTOMATIC")
+
+
+def test_a_dicom_seg_of_a_click_says_that_a_person_took_part(server, series, tmp_path):
+    ct = series["CT"]
+    labels, _ = mask_of(infer(server, "points", ct.uid, "image", foreground=[ct.click]), tmp_path)
+    info = [{"name": "round mass", "idx": 1}]
+    answer = infer(server, "points", ct.uid, "dicom_seg", foreground=[ct.click], label_info=info)
+    assert answer.status_code == 200, answer.text[:300]
+    check(pydicom.dcmread(io.BytesIO(answer.content)), ct, labels, {1: "round mass"}, "SEMIAUTOMATIC")
 
 
 def test_a_text_is_found_on_a_radiograph(server, series, tmp_path):

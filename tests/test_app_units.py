@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
+
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -212,6 +214,32 @@ def test_dicom_seg_takes_names_and_grid_and_refuses_an_empty_mask(tmp_path):
     with pytest.raises(ZeroSegError, match="empty"):
         dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "none.nii.gz"), [])
     assert dicom_seg.names([3, 5], [{"name": "a"}, {"name": "b"}]) == {3: "a", 5: "b"}
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        ({"select": "segments"}, "AUTOMATIC"),
+        ({"select": "tumor"}, "AUTOMATIC"),
+        ({"select": "points"}, "SEMIAUTOMATIC"),
+        ({"select": "text"}, "SEMIAUTOMATIC"),
+        ({"select": ["segments"]}, "SEMIAUTOMATIC"),  # a client may save a label with params of its own
+        (None, "SEMIAUTOMATIC"),  # saved by a person
+    ],
+)
+def test_dicom_seg_says_whether_a_person_took_part(tmp_path, params, kind):
+    write_series(tmp_path / "series", phantom())
+    image = read_image(find_cases(tmp_path / "series")[0])
+    labels = np.zeros(image.shape, np.uint8)
+    labels[OBJECT] = 1
+    nib.save(nib.Nifti1Image(labels, image.affine), tmp_path / "mask.nii.gz")
+
+    def answer():
+        dicom_seg.remember(params)
+        return dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "mask.nii.gz"))
+
+    seg = pydicom.dcmread(copy_context().run(answer))
+    assert [s.SegmentAlgorithmType for s in seg.SegmentSequence] == [kind]
 
 
 def test_a_folder_of_several_series_is_refused_by_name(tmp_path):

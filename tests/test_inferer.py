@@ -255,6 +255,8 @@ def test_wrong_settings_are_one_line(make, disc, settings, message):
         ({"points": [[1, 1]], "labels": [1, 1]}, "one 0 or 1 for each of the 1 points"),
         ({"points": [[1, 1]], "labels": [2]}, "one 0 or 1"),
         ({"points": [[1, 1]], "labels": 1}, "one 0 or 1"),
+        ({"labels": [1]}, "labels are given without points"),
+        ({"box": [1, 1, 9, 9], "labels": [1]}, "labels are given without points"),
         ({"points": [[1, 1]], "labels": [0]}, "at least one click with label 1"),
         ({"box": 5}, "box must be 4 numbers"),
         ({"box": [1, 2, 3]}, "box must be 4 numbers"),

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from bad_inputs import BAD, OBLIQUE, bundled, color, ct_series, dicom, gray, write_bad, write_nifti, write_odd
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import find_cases, read_image
+from zeroseg.io import find_cases, read_image, slice_affine
 
 
 def read(path):
@@ -330,3 +330,9 @@ def test_real_two_slice_series(tmp_path):
 def test_write_nifti_helper_keeps_its_affine(tmp_path):
     write_nifti(tmp_path / "o.nii", np.zeros((3, 4, 5), np.uint8), OBLIQUE)
     np.testing.assert_allclose(read(tmp_path / "o.nii").affine, OBLIQUE, rtol=1e-6)
+
+
+def test_rows_of_a_picture_run_to_the_back_and_columns_to_the_left():
+    affine = slice_affine((0.5, 2.0))
+    assert nib.aff2axcodes(affine) == ("P", "L", "S")
+    np.testing.assert_array_equal(nib.affines.voxel_sizes(affine), (0.5, 2, 1))

@@ -100,6 +100,7 @@ def test_the_same_volume_gives_the_same_result(tiny):
         ({"points": [[2, 3]]}, "must have 3 numbers: x, y, z"),
         ({"points": [[2, 3, 7]]}, r"outside the image: x 0..4, y 0..5, z 0..6"),
         ({"points": [[-1, 3, 3]]}, "outside the image"),
+        ({"labels": [1]}, "labels are given without points"),
         ({"points": [[2, 3, 4]], "labels": [0]}, "at least one click with label 1"),
         ({"points": [[2, 3, 4]], "labels": [1, 0]}, "labels must hold one 0 or 1 for each of the 1 points"),
         ({"box": [1, 2, 3, 4]}, "box must be 6 numbers"),

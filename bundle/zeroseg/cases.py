@@ -27,6 +27,7 @@ from zeroseg.io import (
     find_cases,
     overlay_slices,
     read_image,
+    slice_affine,
     to_unit_range,
     versions,
     write_confidence,
@@ -301,22 +302,13 @@ class TumorCaseRunner(CaseRunner):
     Args:
         inferer: a ``TumorSegmentationInferer``.
         evidence: write the evidence.
-        other arguments: as ``CaseRunner``; ``window`` only concerns the overlay.
+        other arguments: as ``CaseRunner``, without ``text``; ``window`` only concerns the overlay.
     """
 
     prompt_keys = TUMOR_PROMPT_KEYS
 
-    def __init__(
-        self,
-        inferer: Any,
-        dataset: CaseDataset,
-        output_dir: str | os.PathLike | None,
-        prompts: str | os.PathLike | None = None,
-        window: tuple[float, float] | None = None,
-        dicom_seg: bool = True,
-        evidence: bool = True,
-    ):
-        super().__init__(inferer, dataset, output_dir, prompts, window=window, dicom_seg=dicom_seg)
+    def __init__(self, *args: Any, evidence: bool = True, **options: Any):
+        super().__init__(*args, text=None, **options)
         self.evidence = evidence
 
     def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -327,7 +319,8 @@ class TumorCaseRunner(CaseRunner):
     def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
         if image.is_volume:
             return self.inferer.segment(image.array, affine=image.affine, **prompt)
-        result = self.inferer.segment(image.array[..., None], affine=_picture_affine(image), **prompt)
+        affine = None if image.spacing is None else slice_affine(image.spacing)
+        result = self.inferer.segment(image.array[..., None], affine=affine, **prompt)
         result.labels, result.confidence = result.labels[..., 0], result.confidence[..., 0]
         result.evidence = {name: values[..., 0] for name, values in result.evidence.items()}
         return result
@@ -342,12 +335,3 @@ class TumorCaseRunner(CaseRunner):
         for doubt in doubts:
             tqdm.write(f"zeroseg: {case.stem}: warning: {doubt}", file=sys.stderr)
         return files, [*notes, *doubts]
-
-
-def _picture_affine(image: Image) -> np.ndarray | None:
-    """(row, column) -> RAS mm of a slice shown the radiological way: the patient's right on the left, anterior on
-    top."""
-    if image.spacing is None:
-        return None
-    row, column = image.spacing
-    return np.array([[0, -column, 0, 0], [-row, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=float)

@@ -15,6 +15,7 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from pydicom.dataset import Dataset
 
+from lib import dicom_seg
 from lib.engine import CONVERTED
 from lib.errors import NotFound
 from zeroseg.errors import ZeroSegError
@@ -133,3 +134,10 @@ class StudyDatastore(DICOMWebDatastore):
             except RuntimeError as error:  # of ITK, whose last line names the cause
                 cause = str(error).strip().splitlines()[-1]
                 raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
+    ) -> str:
+        """Store a label, a final one as DICOM SEG as well; a task's own answer, saved by a batch, comes with ``params``."""
+        dicom_seg.remember(label_info.get("params"))
+        return super().save_label(image_id, label_filename, label_tag, label_info, label_id)

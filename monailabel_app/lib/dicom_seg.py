@@ -5,7 +5,8 @@ dcmqi's tool has to be downloaded, names MONAI Label as the algorithm, and MONAI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from lib.files import temporary
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, find_cases, read_image, write_dicom_seg
 
+UNAIDED = ("segments", "auto", "tumor")
+"""Rules that choose a mask without a person's clicks, box or text, as the bundle's own runs count them."""
+
+_select: ContextVar[str | None] = ContextVar("select", default=None)
+
 
 def install() -> None:
     """Put ``write`` in the place of MONAI Label's function, for answers (`output=dicom_seg`) and for labels saved."""
@@ -24,6 +30,22 @@ def install() -> None:
 
     for module in (monailabel.datastore.dicom, monailabel.endpoints.infer):
         module.nifti_to_dicom_seg = write
+
+
+def remember(params: Mapping[str, Any] | None) -> None:
+    """Say how the mask that this request writes next was made, because MONAI Label hands ``write`` the file alone.
+
+    Args:
+        params: of a task's answer; None for a mask that a person saves.
+    """
+    select = params.get("select") if isinstance(params, Mapping) else None
+    _select.set(select if isinstance(select, str) else None)
+
+
+def algorithm_type() -> str:
+    """DICOM's word for the part a person had: AUTOMATIC only for a task's answer without a prompt. What a person saves was
+    looked at, and perhaps changed, before."""
+    return "AUTOMATIC" if _select.get() in UNAIDED else "SEMIAUTOMATIC"
 
 
 def write(series: str, label: str, label_info: Sequence[dict[str, Any]] | None = None, *_: Any, **__: Any) -> str:
@@ -48,7 +70,7 @@ def write(series: str, label: str, label_info: Sequence[dict[str, Any]] | None =
     if not present:
         raise ZeroSegError("the mask is empty, and DICOM has no SEG without a segment: ask for the image instead")
     path = temporary(".dcm")
-    write_dicom_seg(image, labels, path, label_names=names(present, label_info or ()))
+    write_dicom_seg(image, labels, path, label_names=names(present, label_info or ()), algorithm_type=algorithm_type())
     return path
 
 

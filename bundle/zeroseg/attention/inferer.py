@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +22,7 @@ from zeroseg.attention.segmentation import Segmentation
 from zeroseg.attention.text import TextProbe, check_prompt
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
+from zeroseg.timing import timed
 
 SELECTS = ("segments", "auto", "points", "box", "text")
 AFFINITIES = ("attention", "features", "both")
@@ -69,15 +68,6 @@ class EncodedImage:
         if self._paths is None:
             self._paths = TokenPaths(self.distance)
         return self._paths
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 class AttentionSegmentationInferer(Inferer):
@@ -223,7 +213,7 @@ class AttentionSegmentationInferer(Inferer):
         """``encode`` of an image that ``prepare`` already brought to (3, H, W) in [0, 1]."""
         self.check()
         seconds: dict[str, float] = {}
-        with _timed(seconds, "resize"):
+        with timed(seconds, "resize"):
             size = (full.shape[1], full.shape[2])
             side = self.resolution or self.backbone.image_size
             # Squeezed to a square: the whole image is seen, and token grids stay square whatever its shape.
@@ -231,7 +221,7 @@ class AttentionSegmentationInferer(Inferer):
             scale = min(1.0, self.working_size / max(size))
             working = [max(1, round(s * scale)) for s in size]
             guide = full if scale == 1 else F.interpolate(full[None], working, mode="bilinear", antialias=True)[0]
-        with _timed(seconds, "encode"):
+        with timed(seconds, "encode"):
             latents = self.backbone.encode_image(square)
             record = self.backbone.read(
                 latents,
@@ -242,7 +232,7 @@ class AttentionSegmentationInferer(Inferer):
                 noise_draws=self.noise_draws,
                 seed=self.seed,
             )
-        with _timed(seconds, "aggregate"):
+        with timed(seconds, "aggregate"):
             parts = []
             if self.affinity != "features":
                 parts.append(aggregate_self_attention([m[0] for m in record.self_attention.values()]))
@@ -302,10 +292,10 @@ class AttentionSegmentationInferer(Inferer):
         return encoded._proposals
 
     def _segments(self, encoded: EncodedImage, seconds: dict[str, float]) -> Segmentation:
-        with _timed(seconds, "merge"):
+        with timed(seconds, "merge"):
             proposals, thresholds = self.proposals(encoded)
         side = encoded.side
-        with _timed(seconds, "select"):
+        with timed(seconds, "select"):
             if self.assign == "nearest":
                 distance = encoded.distance(proposals)
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
@@ -313,7 +303,7 @@ class AttentionSegmentationInferer(Inferer):
                 posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
             salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
             owner = posterior.argmax(0)
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             posterior = upsample(posterior.view(-1, side, side), encoded.image, self.refine).clamp(0, 1)
             top = posterior.topk(min(2, len(posterior)), dim=0)
             labels = top.indices[0].cpu().numpy()
@@ -333,7 +323,7 @@ class AttentionSegmentationInferer(Inferer):
 
     def _points(self, encoded, clicks, kinds, corners, seconds) -> Segmentation:
         side, size = encoded.side, encoded.size
-        with _timed(seconds, "select"):
+        with timed(seconds, "select"):
             wanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if k]
             unwanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if not k]
             maps = [rules.click_relevance(encoded.paths, wanted)]
@@ -341,7 +331,7 @@ class AttentionSegmentationInferer(Inferer):
                 maps.append(rules.click_relevance(encoded.paths, unwanted))
         seeds = [self._pixel(encoded, c) for c, k in zip(clicks, kinds, strict=True) if k]
         allowed = self._inside(encoded, corners)
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             full = upsample(torch.stack(maps).view(-1, side, side), encoded.image, self.refine).cpu().numpy()
         if unwanted:
             allowed = (full[0] > full[1]) & (True if allowed is None else allowed)
@@ -353,19 +343,19 @@ class AttentionSegmentationInferer(Inferer):
 
     def _frame(self, encoded, corners, rule: str, seconds) -> Segmentation:
         side = encoded.side
-        with _timed(seconds, "select"):
+        with timed(seconds, "select"):
             if corners is None:
                 frame, paths = rules.border_tokens(side), encoded.paths
             else:
                 frame, paths = self._surroundings(corners, encoded.size, side), None
             relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device), paths)
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             full = upsample(relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
 
     def _text(self, encoded, text: str, seconds) -> Segmentation:
         side = encoded.side
-        with _timed(seconds, "text"):
+        with timed(seconds, "text"):
             if encoded._probe is None:
                 encoded._probe = TextProbe(
                     self.backbone,
@@ -381,7 +371,7 @@ class AttentionSegmentationInferer(Inferer):
             sure = float(np.clip(1 - evidence.certainty / max(self.text_certainty, 1e-6), 0, 1))
             confidence = np.full(encoded.size, sure, np.float32)
             return Segmentation(empty, confidence, [], "text", True, seconds, details)
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             full = upsample(evidence.relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, "text", seconds, None, None, details)
 
@@ -393,7 +383,7 @@ class AttentionSegmentationInferer(Inferer):
         return self.backbone.encode_image(square)
 
     def _cut(self, encoded, relevance, rule, seconds, seeds, allowed, details=None) -> Segmentation:
-        with _timed(seconds, "cut"):
+        with timed(seconds, "cut"):
             if seeds:
                 mask, threshold = rules.cut(relevance, encoded.image.cpu().numpy(), seeds, allowed)
             else:
@@ -536,9 +526,11 @@ def check_points(points, labels, extent: Sequence[int]) -> tuple[list[tuple[floa
         extent: number of pixels along x, y (and z).
 
     Raises:
-        ZeroSegError: a click is malformed or outside, or the labels do not match.
+        ZeroSegError: a click is malformed or outside, or the labels do not match or have no clicks.
     """
     if points is None:
+        if labels is not None:
+            raise ZeroSegError("labels are given without points: give the points they belong to, or leave labels out")
         return [], []
     axes = "xyz"[: len(extent)]
     clicks = []

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from zeroseg.backbones.frozen import FrozenModel
 from zeroseg.backbones.recording import Recording, record
 from zeroseg.backbones.weights import EMBEDDED, fingerprint, resolve_folder, verify_sums
 from zeroseg.errors import WeightsError, ZeroSegError
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(device: str) -> torch.device:
-    """``auto``: CUDA, else MPS, else the CPU; anything else is taken as torch spells it.
-
-    Raises:
-        ZeroSegError: the device does not exist on this machine.
-    """
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        msg = f"unknown device {device!r}: use auto, cpu, cuda, cuda:0 or mps"
-        raise ZeroSegError(msg) from None
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(picked.type, False):
-        msg = f"device {device!r} is not available on this machine: use auto or cpu"
-        raise ZeroSegError(msg)
-    return picked
 
 
 def _quiet() -> None:
@@ -47,7 +24,7 @@ def _quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-class StableDiffusionBackbone:
+class StableDiffusionBackbone(FrozenModel):
     """A frozen latent diffusion model of the Stable Diffusion 1.x / 2.x shape.
 
     The weights load on first use, once, also when several threads ask at the same time; until then building one costs
@@ -70,32 +47,11 @@ class StableDiffusionBackbone:
         dtype: str = "fp32",
         untrained: bool = False,
     ):
+        super().__init__(device, dtype)
         self.source, self.revision, self.untrained = str(source), revision, bool(untrained)
-        self._device_name, self._dtype_name = str(device), str(dtype)
-        self._lock = threading.RLock()
-        self._loaded = False
-
-    def load(self) -> StableDiffusionBackbone:
-        """Load the weights if they are not there yet.
-
-        Raises:
-            WeightsError: the folder is missing, incomplete, not of this shape, damaged, or holds no safetensors.
-            ZeroSegError: the device or the dtype cannot be used here.
-        """
-        with self._lock:
-            if not self._loaded:
-                self._load()
-                self._loaded = True
-        return self
 
     def _load(self) -> None:
-        self.device = pick_device(self._device_name)
-        if self._dtype_name not in _DTYPES:
-            msg = f"unknown dtype {self._dtype_name!r}: use one of {', '.join(_DTYPES)}"
-            raise ZeroSegError(msg)
-        self.dtype = _DTYPES[self._dtype_name]
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            raise ZeroSegError("fp16 needs a GPU: use fp32 or bf16 on the CPU")
+        self._place()
         folder = resolve_folder(self.source, revision=self.revision)
         self._check_shape(folder)
         self.weights = verify_sums(folder)

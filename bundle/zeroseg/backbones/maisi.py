@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,12 +32,11 @@ from monai.inferers import sliding_window_inference
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from torch import Tensor, nn
 
-from zeroseg.backbones.diffusion import pick_device
+from zeroseg.backbones.frozen import DTYPES, FrozenModel
 from zeroseg.backbones.weights import EMBEDDED, MODELS, fingerprint, verify_sums
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.hashing import file_sha256
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OVERLAP = 0.25
 """Share of a window its neighbour repeats; windows are blended with a Gaussian weight (MAISI's recipe takes 0.4)."""
 
@@ -231,7 +229,7 @@ class EncoderReading:
     features: tuple[Tensor, ...]
 
 
-class MaisiBackbone:
+class MaisiBackbone(FrozenModel):
     """A frozen MAISI-shaped latent diffusion model; the weights load on first use, once, and gradients are never kept.
 
     Memory, float32 on the CPU, measured: about 20 C bytes per voxel to encode and 33 C to decode, for C first-stage
@@ -264,38 +262,21 @@ class MaisiBackbone:
         untrained: bool = False,
         overrides: Mapping[str, Any] | None = None,
     ):
+        super().__init__(device, dtype)
         self.source = str(source)
         self.files = {"autoencoder": autoencoder, "unet": unet}
         self.kind = kind
         self.untrained = untrained
         self.overrides = dict(overrides or {})
-        self._device_name, self._dtype_name = device, dtype
-        self._lock = threading.RLock()
-        self._loaded = False
 
     # Loading -----------------------------------------------------------------------------------------------------------
 
-    def load(self) -> MaisiBackbone:
-        """Load the weights unless they are; safe to call from several threads.
-
-        Raises:
-            WeightsError: a file is missing, damaged, or of another shape than the config says.
-            ZeroSegError: a setting is wrong.
-        """
-        with self._lock:
-            if not self._loaded:
-                self._load()
-                self._loaded = True
-        return self
-
     def _load(self) -> None:
-        if self._dtype_name not in _DTYPES:
-            raise ZeroSegError(f"dtype must be one of {', '.join(_DTYPES)}, not {self._dtype_name!r}")
+        if self._dtype_name not in DTYPES:
+            raise ZeroSegError(f"dtype must be one of {', '.join(DTYPES)}, not {self._dtype_name!r}")
         if self.kind not in PUBLISHED:
             raise ZeroSegError(f"kind must be rflow or ddpm, not {self.kind!r}")
-        self.device, self.dtype = pick_device(self._device_name), _DTYPES[self._dtype_name]
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            raise ZeroSegError("fp16 needs a GPU: use fp32 or bf16 on the CPU")
+        self._place()
         given = [n for n, path in self.files.items() if path is not None]
         if len(given) == 1:
             missing = "unet" if given == ["autoencoder"] else "autoencoder"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroseg.backbones.diffusion import pick_device
+from zeroseg.backbones.frozen import FrozenModel
 from zeroseg.backbones.weights import EMBEDDED, MODELS, fingerprint, resolve_folder, verify_sums
 from zeroseg.errors import WeightsError, ZeroSegError
 
 POOLINGS = ("cls", "mean")
 
 
-class TextEncoder:
+class TextEncoder(FrozenModel):
     """Sentences to unit-length vectors, by an encoder whose weights never change.
 
     The paper's encoder is unknown; a third-party account uses Bio_ClinicalBERT and its [CLS] state. Both choices are
@@ -36,30 +35,15 @@ class TextEncoder:
     def __init__(
         self, source: str | Path = EMBEDDED, revision: str | None = None, device: str = "auto", pooling: str = "cls"
     ):
+        super().__init__(device)
         self.source, self.revision, self.pooling = str(source), revision, pooling
-        self._device_name = device
-        self._lock = threading.RLock()
-        self._loaded = False
-
-    def load(self) -> TextEncoder:
-        """Load the weights unless they are; safe to call from several threads.
-
-        Raises:
-            WeightsError: the folder is missing, incomplete, damaged, or holds pickles.
-            ZeroSegError: a setting is wrong.
-        """
-        with self._lock:
-            if not self._loaded:
-                self._load()
-                self._loaded = True
-        return self
 
     def _load(self) -> None:
         import transformers
 
         if self.pooling not in POOLINGS:
             raise ZeroSegError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
-        self.device = pick_device(self._device_name)
+        self._place()
         if self.source == EMBEDDED:
             folder = MODELS / "tumor" / "text"
             if not folder.is_dir():
@@ -88,7 +72,7 @@ class TextEncoder:
             raise WeightsError(f"cannot load the text encoder in {self.name}: {first}") from error
         if not hasattr(model.config, "hidden_size"):
             raise WeightsError(f"{self.name} is no text encoder (no hidden_size): give a BERT-like transformers folder")
-        self.model = model.to(self.device, torch.float32).eval().requires_grad_(False)
+        self.model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.fingerprint = fingerprint(self.weights)
 
     @property

@@ -6,7 +6,7 @@ from zeroseg.io.finding import Case, find_cases
 from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
-from zeroseg.io.reading import Image, read_image
+from zeroseg.io.reading import Image, read_image, slice_affine
 from zeroseg.io.writing import atomic_path, write_confidence, write_map, write_mask
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "find_cases",
     "overlay_slices",
     "read_image",
+    "slice_affine",
     "to_unit_range",
     "versions",
     "write_confidence",

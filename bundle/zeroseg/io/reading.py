@@ -29,7 +29,7 @@ from pydicom.uid import UID, ImplicitVRLittleEndian, UncompressedTransferSyntaxe
 from zeroseg.errors import ZeroSegError
 from zeroseg.io.finding import TIFF_MAGIC, Case, data_file_entry, find_cases, nifti_class
 
-__all__ = ["MAX_VOXELS", "Case", "Image", "find_cases", "read_image"]
+__all__ = ["MAX_VOXELS", "Case", "Image", "find_cases", "read_image", "slice_affine"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,20 @@ def read_image(case: Case) -> Image:
     image.source = image.source or case.paths
     image.kind = case.kind
     return image
+
+
+def slice_affine(spacing: Sequence[float]) -> np.ndarray:
+    """The affine of a 2-D image taken as one slice, (H, W, 1), shown the radiological way: rows run to the back, columns
+    to the patient's left. Nothing in a picture says so; it is how axial slices are usually shown.
+
+    Args:
+        spacing: (row, column) distance in mm.
+
+    Returns:
+        (4, 4) float64: (row, column, 0) -> RAS mm.
+    """
+    row, column = spacing
+    return np.array([[0, -column, 0, 0], [-row, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=float)
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from lib.engine import Engine, OpenImage
 from lib.infers.base import ZeroSegTask
 from lib.responsive import stop_if_abandoned
 from zeroseg.attention import Segmentation
+from zeroseg.cases import MODALITIES
 from zeroseg.errors import ZeroSegError
-
-MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
 
 
 class Tumor(ZeroSegTask):
