@@ -169,9 +169,9 @@ def test_the_config_builds_the_inferer_with_its_own_defaults():
     inferer = parser.get_parsed_content("inferer")
     assert isinstance(inferer, TumorSegmentationInferer)
     fresh = TumorSegmentationInferer()
-    for name in ("organ", "tumor", "modality", "steps", "strength", "resample", "dilation", "threshold", "presence"):
+    for name in ("organ", "tumor", "modality", "steps", "strength", "resample", "dilation", "suspicion"):
         assert getattr(inferer, name) == getattr(fresh, name), name
-    for name in ("min_volume_ml", "max_components", "fusion", "rescale", "seed", "adapters"):
+    for name in ("threshold", "presence", "min_volume_ml", "max_components", "fusion", "rescale", "seed", "adapters"):
         assert getattr(inferer, name) == getattr(fresh, name), name
     assert list(inferer.stages) == list(fresh.stages)
     assert inferer.backbone.source == inferer.text_encoder.source == "embedded"

@@ -86,7 +86,8 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     parser.get_parsed_content("run")
     verify_sums(out)
     config = json.loads((out / "config.json").read_text())
-    assert set(config["fusion"]) >= {"aova", "aova+feature+pixel"}
+    assert config["fusion"] and set(config["fusion"]) <= {"ct", "mr", "pet"}
+    assert all(set(weights) >= {"aova", "aova+feature+pixel"} for weights in config["fusion"].values())
     record = json.loads((out / "training.json").read_text())["adapters"]
     assert record["steps"] == {"voxels": 3, "volumes": 1} and record["phantoms"] == 6 and len(record["real"]) == 2
     assert record["held_out"]["kinds"] == list(HELD_OUT)

@@ -78,7 +78,7 @@ def test_aova_alone_is_the_thresholded_map(make, volume):
 def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
     inferer = make(dilation=1, min_volume_ml=0)
     result = inferer.segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
-    near = ndimage.binary_dilation(result.evidence["aova"] > 0.5, np.ones((3, 3, 3)))
+    near = ndimage.binary_dilation(result.evidence["aova"] > inferer.suspicion, np.ones((3, 3, 3)))
     assert not (result.labels.astype(bool) & ~near).any()
 
 
@@ -155,7 +155,8 @@ def test_learned_fusion_is_used_where_it_is_known(make, volume, tiny_tumor_model
 
     adapters = load_adapters(tiny_tumor_model)
     assert "otsu" in make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct").details["fusion"]
-    adapters.fusion = {"aova+feature+pixel": {"bias": -9.0, "aova": 0.1, "feature": 0.0, "pixel": 0.0}}
+    weights = {"bias": -9.0, "aova": 0.1, "feature": 0.0, "pixel": 0.0}
+    adapters.fusion = {"ct": {"aova+feature+pixel": weights}}
     result = make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct")
     assert result.details["fusion"]["bias"] == -9 and result.absent
     assert (
@@ -250,6 +251,7 @@ def test_a_constant_volume_is_absent_not_an_error(make):
         ({"strength": 0}, "strength must"),
         ({"strength": 1.1}, "strength must"),
         ({"threshold": 1}, "threshold must"),
+        ({"suspicion": 0}, "suspicion must"),
         ({"presence": -0.1}, "presence must"),
         ({"dilation": -1}, "dilation must"),
         ({"seed": "a"}, "seed must"),

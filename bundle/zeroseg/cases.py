@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -123,6 +125,8 @@ class CaseRunner:
     """
 
     prompt_keys = PROMPT_KEYS
+    options = ("text", "window", "dicom_seg")
+    """Arguments that shape results, beside the inferer's."""
 
     def __init__(
         self,
@@ -181,19 +185,11 @@ class CaseRunner:
         unused = sorted(set(prompts) - {c.stem for c in cases})
         if unused:
             logger.warning("prompts for %s match no case", ", ".join(unused))
-        manifest = {
-            "zeroseg": __version__,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "backbone": self.inferer.backbone.describe(),
-            "settings": {**self.inferer.settings(), "text": self.text, "window": self.window},
-            "versions": versions(),
-            "unused_prompts": unused,
-            "cases": [],
-        }
+        manifest = {**self.header(), "unused_prompts": unused, "cases": []}
         failed = 0
         try:
             for case in tqdm(cases, desc="cases", disable=None):
-                entry = self._case(case, prompts.get(case.stem, {}), output)
+                entry = self.segment_case(case, prompts.get(case.stem, {}), output)
                 manifest["cases"].append(entry)
                 if entry["status"] == "failed":
                     failed += 1
@@ -205,8 +201,34 @@ class CaseRunner:
         )
         return failed
 
-    def _case(self, case: Case, prompt: dict[str, Any], output: Path) -> dict[str, Any]:
-        """Segment one case; a failure becomes an entry, not an exception."""
+    def header(self) -> dict[str, Any]:
+        """What a manifest says of all its cases: the weights, settings and versions that make their results.
+
+        Raises:
+            WeightsError: the weights cannot be loaded.
+        """
+        return {
+            "zeroseg": __version__,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "inferer": type(self.inferer).__name__,
+            "backbone": self.inferer.backbone.describe(),
+            "settings": {**self.inferer.settings(), **{name: getattr(self, name) for name in self.options}},
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+    def segment_case(self, case: Case, prompt: dict[str, Any], output: Path) -> dict[str, Any]:
+        """Segment one case and write its files.
+
+        Args:
+            case: the image.
+            prompt: keyword arguments of the inferer's ``segment``; what holds for all cases is added.
+            output: an existing folder.
+
+        Returns:
+            The case's entry in the manifest. What the user can mend becomes an entry with ``status`` failed and a
+            ``reason``, not an exception.
+        """
         started = time.perf_counter()
         entry: dict[str, Any] = {"case": case.stem, "status": "failed"}
         try:
@@ -214,9 +236,12 @@ class CaseRunner:
             entry["inputs"] = [{"file": p.name, "sha256": file_sha256(p)} for p in case.paths]
             image = read_image(case)
             unit = to_unit_range(image, self.window)
+            read = time.perf_counter()
             entry["prompt"] = prompt = self._prompt(image, prompt)
             result = self._segment(image, unit, prompt)
+            segmented = time.perf_counter()
             entry["files"], notes = self._write(case, image, unit, result, prompt, output)
+            written = time.perf_counter()
             entry.update(
                 status="done",
                 modality=image.modality,
@@ -227,8 +252,11 @@ class CaseRunner:
                 absent=result.absent,
                 scores=[round(s, 4) for s in result.scores],
                 details=result.details,
+                mask_sha256=_mask_sha256(result.labels),
                 seconds={
+                    "read": round(read - started, 4),
                     **{k: round(v, 4) for k, v in result.seconds.items()},
+                    "write": round(written - segmented, 4),
                     "total": round(time.perf_counter() - started, 4),
                 },
             )
@@ -290,6 +318,11 @@ class CaseRunner:
         return files, notes
 
 
+def _mask_sha256(labels: np.ndarray) -> str:
+    """SHA-256 of a mask's values, uint8 in C order, by which a later run tells whether it found the same."""
+    return hashlib.sha256(np.ascontiguousarray(labels, np.uint8)).hexdigest()
+
+
 class TumorCaseRunner(CaseRunner):
     """``CaseRunner`` for ``zeroseg.tumor``: the inferer gets the scan's own values and geometry, and evidence is
     written too.
@@ -306,6 +339,7 @@ class TumorCaseRunner(CaseRunner):
     """
 
     prompt_keys = TUMOR_PROMPT_KEYS
+    options = ("text", "window", "dicom_seg", "evidence")
 
     def __init__(self, *args: Any, evidence: bool = True, **options: Any):
         super().__init__(*args, text=None, **options)

@@ -196,7 +196,7 @@ class AovaAdapters(nn.Module):
             "top": top,
         }
         self.top = top
-        self.fusion: dict[str, dict[str, float]] | None = None  # weights of the residuals' fusion, see residuals.fuse
+        self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
         self.sha256: str | None = None  # of the file they were loaded from
         self.stages = nn.ModuleList(
             StageAdapter(c, text_dim, alpha, hidden * c, around) for c, around in zip(channels, context, strict=True)

@@ -193,8 +193,8 @@ def healthy_margin_loss(
 def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) -> AovaAdapters:
     """Trained adapters from a folder with ``adapters.safetensors`` and the entry ``adapters`` in ``config.json``.
 
-    The entry ``fusion``, where there is one, holds the learned weights of ``residuals.fuse``; it becomes the module's
-    attribute.
+    The entry ``fusion``, where there is one, holds the learned weights of ``residuals.fuse`` per modality; it becomes the
+    module's attribute.
 
     Args:
         source: ``"embedded"``, that folder, or the path of ``adapters.safetensors`` in it.

@@ -9,7 +9,6 @@ features with the text, and Dice. ZeroSeg adds cross-entropy per voxel, which is
 
 from __future__ import annotations
 
-import itertools
 import json
 import string
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
@@ -96,6 +96,10 @@ class VoxelSamples:
     target: Tensor
     weight: Tensor
     case: TrainingCase
+
+    def clone(self) -> VoxelSamples:
+        """In memory of its own: what another process read hangs on an open file until then."""
+        return VoxelSamples(tuple(i.clone() for i in self.inputs), self.target.clone(), self.weight.clone(), self.case)
 
 
 def read_cases(folder: str | Path, organ: str | None = None, modality: str | None = None) -> list[TrainingCase]:
@@ -241,7 +245,7 @@ class AdapterTrainer:
     Args:
         backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
         text_encoder: frozen.
-        phantoms: folder of ``scripts/phantoms.py --volumes``; None: none.
+        phantoms: folder of ``scripts/phantoms.py --volumes``, or several; None: none.
         real: list of {folder, organ, modality}: real volumes with masks.
         out: folder that gets ``adapters.safetensors`` and the config entries ``adapters`` and ``fusion``.
         work: checkpoint; the run resumes from it.
@@ -260,7 +264,10 @@ class AdapterTrainer:
         real_share: of the volumes drawn per step.
         variants: augmented readings of every real volume; phantoms get one each.
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's ``size_multiple``.
-        fusion_volumes: training volumes the residuals' fusion is fitted on; 0: not fitted.
+        readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
+        fusion_volumes: volumes per modality that the residuals' fusion is fitted on; 0: not fitted.
+        fusion_phantoms: folder of phantoms for that, best ones never trained on: what adapters know by heart makes them
+            look surer than they are. None: the training's own cases.
         seed: of everything random.
         save_every: steps between checkpoints.
     """
@@ -269,7 +276,7 @@ class AdapterTrainer:
         self,
         backbone: MaisiBackbone,
         text_encoder: TextEncoder,
-        phantoms: str | Path | None,
+        phantoms: str | Path | Sequence[str | Path] | None,
         out: str | Path,
         work: str | Path,
         real: Sequence[Mapping[str, str]] = (),
@@ -287,7 +294,9 @@ class AdapterTrainer:
         real_share: float = 0.25,
         variants: int = 8,
         crop: int = 48,
+        readers: int = 0,
         fusion_volumes: int = 40,
+        fusion_phantoms: str | Path | None = None,
         seed: int = 0,
         save_every: int = 200,
     ):
@@ -296,19 +305,26 @@ class AdapterTrainer:
         self.volume_steps, self.volumes, self.voxels = volume_steps, volumes, voxels
         self.steps, self.batch, self.lr, self.seed, self.save_every = steps, batch, lr, seed, save_every
         self.weights = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05, **(weights or {})}
-        self.real_share, self.variants, self.fusion_volumes = real_share, variants, fusion_volumes
+        self.real_share, self.variants, self.readers, self.fusion_volumes = (
+            real_share,
+            variants,
+            readers,
+            fusion_volumes,
+        )
         if crop < 1 or crop % backbone.size_multiple:
             raise ZeroSegError(f"crop must be a multiple of {backbone.size_multiple}, not {crop}")
         self.crop = crop
         self.held_out = dict(held_out or {})
-        cases = read_cases(phantoms) if phantoms is not None else []
+        folders = [phantoms] if isinstance(phantoms, (str, Path)) else phantoms or []
+        cases = [case for folder in folders for case in read_cases(folder)]
         found = [case for entry in real for case in read_cases(entry["folder"], entry["organ"], entry["modality"])]
         fold, folds = leave_out or (0, 0)
         self.left_out = [c for i, c in enumerate(found) if folds and i % folds == fold]
         self.cases = [*cases, *(c for c in found if c not in self.left_out)]
         if not self.cases:
             raise ZeroSegError("there is nothing to train on: give phantoms or real")
-        refuse_held_out([*self.cases, *self.left_out], self.held_out)
+        self.fusion_cases = self.cases if fusion_phantoms is None else read_cases(fusion_phantoms)
+        refuse_held_out([*self.cases, *self.left_out, *self.fusion_cases], self.held_out)
         self.questions = Questions(self.encoder)
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
@@ -363,11 +379,18 @@ class AdapterTrainer:
             order = np.random.default_rng(self.seed).permutation(len(jobs))[:60]
             self._calibrate([read(*jobs[j]) for j in order])
             self._calibrated = True
-        with torch.inference_mode():
-            return [
-                self.sample(read(i, n), np.random.default_rng([self.seed, i, n, 1]))
-                for i, n in tqdm(jobs, desc="reading", mininterval=10)
-            ]
+
+        class Reading(Dataset):
+            def __len__(_) -> int:
+                return len(jobs)
+
+            @torch.inference_mode()
+            def __getitem__(_, index: int) -> VoxelSamples:
+                i, n = jobs[index]
+                return self.sample(read(i, n), np.random.default_rng([self.seed, i, n, 1]))
+
+        readers = DataLoader(Reading(), batch_size=None, num_workers=self.readers)
+        return [s.clone() for s in tqdm(readers, desc="reading", mininterval=10)]
 
     def run(self) -> dict:
         """Train, measure on what was left out, fit the fusion, write the folder.
@@ -514,38 +537,41 @@ class AdapterTrainer:
         total = int(found.sum() + example.target.sum())
         return float(2 * (found & example.target).sum() / total) if total else 1.0
 
-    def fit_fusion(self, voxels: int = 2000) -> dict | None:
-        """Weights of AOVA margin and residuals, by logistic regression on voxels of training volumes with a lesion.
+    def fit_fusion(self, voxels: int = 2000) -> dict[str, dict]:
+        """Per modality the weights of AOVA margin and residuals, by logistic regression on voxels of volumes with a lesion.
 
-        None where the adapters find no region with voxels both of lesions and of others: there is nothing to learn from.
+        A residual means something else in every modality: an uptake that inpainting takes away is a lesion, a grey value
+        that it changes may be noise. Modalities whose volumes give no region with voxels both of lesions and of others are
+        missing: there is nothing to learn from.
         """
         rng = np.random.default_rng(self.seed)
         inferer = TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
-        maps: dict[str, list[np.ndarray]] = {}
-        targets = []
-        order = [self.cases[i] for i in rng.permutation(len(self.cases))]
-        order = [c for pair in itertools.zip_longest(*([c for c in order if c.real is r] for r in (False, True))) for c in pair if c]  # fmt: skip
-        bar = tqdm(total=self.fusion_volumes, desc="fusion", mininterval=10)
-        for case in order:
-            mask = np.asarray(nib.load(case.mask).dataobj)
-            if not mask.any():
-                continue
-            image = nib.load(case.image)
-            encoded = inferer.encode(np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, case.modality)
-            found = inferer.maps(encoded, case.organ, default_tumor(case.organ))
-            inside = np.flatnonzero(found.region)
-            if len(inside):
-                chosen = rng.choice(inside, min(voxels, len(inside)), replace=False)
-                targets.append(encoded.prepared.from_input(mask).numpy().ravel()[chosen])
-                for name, values in found.fusion_inputs.items():
-                    maps.setdefault(name, []).append(values.ravel()[chosen])
-            bar.update()
-            if bar.n >= self.fusion_volumes:
-                break
-        target = np.concatenate(targets) if targets else np.zeros(0, bool)
-        if target.all() or not target.any():
-            return None
-        return fit_fusions({name: np.concatenate(values) for name, values in maps.items()}, target)
+        sick = [case for case in self.fusion_cases if np.asarray(nib.load(case.mask).dataobj).any()]
+        found = {}
+        for modality in sorted({case.modality for case in sick}):
+            cases = [case for case in sick if case.modality == modality]
+            chosen = [cases[i] for i in rng.permutation(len(cases))[: self.fusion_volumes]]
+            maps: dict[str, list[np.ndarray]] = {}
+            targets = []
+            for case in tqdm(chosen, desc=f"fusion {modality}", mininterval=10):
+                values, target = self._fusion_voxels(inferer, case, rng, voxels)
+                targets.append(target)
+                for name, part in values.items():
+                    maps.setdefault(name, []).append(part)
+            target = np.concatenate(targets)
+            if target.any() and not target.all():
+                found[modality] = fit_fusions({name: np.concatenate(parts) for name, parts in maps.items()}, target)
+        return found
+
+    def _fusion_voxels(self, inferer, case, rng, voxels) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(n,) values of every map at random voxels of a case's region, and whether they are tumour."""
+        image = nib.load(case.image)
+        encoded = inferer.encode(np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, case.modality)
+        maps = inferer.maps(encoded, case.organ, default_tumor(case.organ))
+        inside = np.flatnonzero(maps.region)
+        chosen = rng.choice(inside, min(voxels, len(inside)), replace=False)
+        target = encoded.prepared.from_input(np.asarray(nib.load(case.mask).dataobj)).numpy()
+        return {name: values.ravel()[chosen] for name, values in maps.fusion_inputs.items()}, target.ravel()[chosen]
 
     def save(self, measured: Mapping[str, float] | None = None, fusion: Mapping | None = None) -> dict:
         """Write adapters, config entries, record and sums; returns the record."""
