@@ -9,6 +9,7 @@ features with the text, and Dice. ZeroSeg adds cross-entropy per voxel, which is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 import time
@@ -83,23 +84,19 @@ class Example:
 
 @dataclass
 class VoxelSamples:
-    """Some voxels of one case.
+    """V voxels of each of S readings of cases.
 
     Attributes:
-        inputs: per stage (V, inputs of T) float16: what that stage's adapter sees at the coarse voxel around each.
-        target: (V,) bool.
-        weight: (V,) how many voxels of the volume each stands for, as a share; adds up to 1.
-        case: the case.
+        inputs: per stage (S, V, inputs of T) float16: what that stage's adapter sees at the coarse voxel around each.
+        target: (S, V) bool.
+        weight: (S, V) how many voxels of the volume each stands for, as a share; adds up to 1 over V.
+        cases: S cases.
     """
 
     inputs: tuple[Tensor, ...]
     target: Tensor
     weight: Tensor
-    case: TrainingCase
-
-    def clone(self) -> VoxelSamples:
-        """In memory of its own: what another process read hangs on an open file until then."""
-        return VoxelSamples(tuple(i.clone() for i in self.inputs), self.target.clone(), self.weight.clone(), self.case)
+    cases: list[TrainingCase]
 
 
 def read_cases(folder: str | Path, organ: str | None = None, modality: str | None = None) -> list[TrainingCase]:
@@ -350,8 +347,12 @@ class AdapterTrainer:
         features = self.backbone.read(volume).features
         return Example(tuple(f.cpu() for f in features), target, case)
 
-    def sample(self, example: Example, rng: np.random.Generator) -> VoxelSamples:
-        """``voxels`` voxels of a case: two fifths of them of the lesion where there is one, the others from anywhere."""
+    def sample(self, example: Example, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """``voxels`` voxels of a case: two fifths of them of the lesion where there is one, the others from anywhere.
+
+        Returns:
+            Target, weight and the inputs of every stage, as a row of ``VoxelSamples``.
+        """
         flat = example.target.flatten().numpy()
         inside = np.flatnonzero(flat)
         count = self.voxels * 2 // 5 if len(inside) else 0
@@ -365,12 +366,12 @@ class AdapterTrainer:
         for level, (stage, features) in enumerate(zip(self.adapters.stages, example.features, strict=True)):
             seen = stage.surroundings(stage.standardise(features.to(self.backbone.device, torch.float32)))[0].cpu()
             inputs.append(seen[(slice(None), *torch.from_numpy(place >> level))].T.half())
-        target = torch.from_numpy(flat[chosen])
-        return VoxelSamples(tuple(inputs), target, torch.from_numpy(weight / flat.size).float(), example.case)
+        return torch.from_numpy(flat[chosen]), torch.from_numpy(weight / flat.size).float(), *inputs
 
-    def samples(self) -> list[VoxelSamples]:
-        """Voxels of all training cases; of real ones ``variants`` times, augmented anew."""
+    def samples(self) -> VoxelSamples:
+        """Voxels of all training cases; of real ones ``variants`` times, augmented anew. Kept in ``work`` for the next run."""
         jobs = [(i, n) for i, case in enumerate(self.cases) for n in range(self.variants if case.real else 1)]
+        cases = [self.cases[i] for i, _ in jobs]
 
         def read(i: int, n: int) -> Example:
             return self.read(self.cases[i], np.random.default_rng([self.seed, i, n]))
@@ -379,18 +380,41 @@ class AdapterTrainer:
             order = np.random.default_rng(self.seed).permutation(len(jobs))[:60]
             self._calibrate([read(*jobs[j]) for j in order])
             self._calibrated = True
+        kept, key = self.work / "voxels.pt", self._samples_key(jobs)
+        if kept.is_file():
+            saved = torch.load(kept, weights_only=True, mmap=True)
+            if saved["key"] == key:
+                target, weight, *inputs = saved["columns"]
+                return VoxelSamples(tuple(inputs), target, weight, cases)
 
         class Reading(Dataset):
             def __len__(_) -> int:
                 return len(jobs)
 
             @torch.inference_mode()
-            def __getitem__(_, index: int) -> VoxelSamples:
+            def __getitem__(_, index: int) -> tuple[Tensor, ...]:
                 i, n = jobs[index]
                 return self.sample(read(i, n), np.random.default_rng([self.seed, i, n, 1]))
 
+        columns: list[Tensor] = []
         readers = DataLoader(Reading(), batch_size=None, num_workers=self.readers)
-        return [s.clone() for s in tqdm(readers, desc="reading", mininterval=10)]
+        for row, parts in enumerate(tqdm(readers, desc="reading", mininterval=10)):
+            columns = columns or [torch.empty((len(jobs), *part.shape), dtype=part.dtype) for part in parts]
+            for column, part in zip(columns, parts, strict=True):
+                column[row] = part
+        self.work.mkdir(parents=True, exist_ok=True)
+        torch.save({"key": key, "columns": columns}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+        return VoxelSamples(tuple(columns[2:]), columns[0], columns[1], cases)
+
+    def _samples_key(self, jobs: list[tuple[int, int]]) -> str:
+        """Of all that decides what ``samples`` reads."""
+        stems = [f"{self.cases[i].image.parent.parent.name}/{self.cases[i].stem}/{n}" for i, n in jobs]
+        digest = hashlib.sha256(json.dumps([stems, self.seed, self.voxels, self.crop, self.adapters.options]).encode())
+        digest.update(self.backbone.fingerprint.encode())
+        for stage in self.adapters.stages:
+            digest.update(stage.center.cpu().numpy().tobytes() + stage.spread.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def run(self) -> dict:
         """Train, measure on what was left out, fit the fusion, write the folder.
@@ -419,8 +443,8 @@ class AdapterTrainer:
             self._optimizer_state = saved["optimizer"]
         if state["voxels"] < self.steps:
             samples = self.samples()
-            pools = [[s for s in samples if s.case.real is real] for real in (False, True)]
-            self._phase("voxels", self.steps, self.lr, state, lambda rng: self._voxel_terms(pools, rng))
+            pools = [[i for i, case in enumerate(samples.cases) if case.real is real] for real in (False, True)]
+            self._phase("voxels", self.steps, self.lr, state, lambda rng: self._voxel_terms(samples, pools, rng))
         if state["volumes"] < self.volume_steps:
             pools = [[c for c in self.cases if c.real is real] for real in (False, True)]
             self._phase("volumes", self.volume_steps, self.lr / 10, state, lambda rng: self._volume_terms(pools, rng))
@@ -462,26 +486,25 @@ class AdapterTrainer:
         pool = real if real and (not phantoms or rng.random() < self.real_share) else phantoms
         return pool[rng.integers(len(pool))]
 
-    def _voxel_terms(self, pools: list[list[VoxelSamples]], rng: np.random.Generator) -> dict[str, Tensor]:
+    def _voxel_terms(self, samples: VoxelSamples, pools: list[list[int]], rng) -> dict[str, Tensor]:
         """Dice per volume and cross-entropy over random voxels of ``volumes`` cases, each with a question of its own."""
         device, count = self.backbone.device, min(256, self.voxels)
-        chosen = [self._draw(pools, rng) for _ in range(self.volumes)]
+        rows = [self._draw(pools, rng) for _ in range(self.volumes)]
         fits, prompts, roles = [], [], []
-        for sample in chosen:
-            organ, tumor, fit = self.questions.draw(rng, sample.case)
-            embedded, roles = self.questions.embed(organ, tumor, sample.case.modality)
+        for case in (samples.cases[row] for row in rows):
+            organ, tumor, fit = self.questions.draw(rng, case)
+            embedded, roles = self.questions.embed(organ, tumor, case.modality)
             fits.append(fit)
             prompts.append(embedded)
-        picks = [torch.from_numpy(rng.choice(len(s.target), count, replace=False)) for s in chosen]
         fits = torch.tensor(fits, device=device)[:, None]
-        target = torch.stack([s.target[p] for s, p in zip(chosen, picks, strict=True)]).to(device) & fits
-        weight = torch.stack([s.weight[p] for s, p in zip(chosen, picks, strict=True)]).to(device)
+        place = torch.tensor(rows)[:, None], torch.from_numpy(rng.permuted(np.tile(np.arange(self.voxels), (len(rows), 1)), axis=1)[:, :count])  # fmt: skip
+        target, weight = samples.target[place].to(device) & fits, samples.weight[place].to(device)
         prompts = torch.stack(prompts).to(device)
         logits = 0
         for level, (stage, temperature) in enumerate(
             zip(self.adapters.stages, self.adapters.log_temperature.exp(), strict=True)
         ):
-            seen = torch.stack([s.inputs[level][p].float() for s, p in zip(chosen, picks, strict=True)]).to(device)
+            seen = samples.inputs[level][place].to(device).float()
             adapted = stage.alpha * stage.adapt(seen) + (1 - stage.alpha) * seen[..., : stage.channels]
             keys = stage.key(stage.text(prompts))
             logits = (
