@@ -25,6 +25,7 @@ prediction yellow, truth blue).
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import zlib
@@ -51,9 +52,10 @@ from results import (
 )
 from volume_baselines import AUTOMATIC, BRIGHT, PET
 from volume_metrics import METRICS, score_volume, tolerance_of
+from zeroseg.backbones.frozen import DTYPES
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.cases import MODALITIES
+from zeroseg.cases import MODALITIES, TUMOR_PROMPT_KEYS
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import (
     Case,
@@ -295,9 +297,11 @@ def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace
     for pair in tqdm(pairs, desc=name, unit="volume"):
         stem = pair[0].stem
         try:
-            volume = load_volume(*pair, args.modality)
+            own = {"organ": args.organ, "tumor": args.text, "modality": args.modality} | args.prompts.get(stem, {})
+            volume = load_volume(*pair, own.pop("modality"))
             tolerance = args.tolerance or tolerance_of(volume.spacing)
-            scored, absent, masks[stem] = run_volume(inferer, volume, asked, tolerance, args.nonsense)
+            with changed(inferer, **own):
+                scored, absent, masks[stem] = run_volume(inferer, volume, asked, tolerance, args.nonsense)
             scored += run_baselines(volume, tolerance) if scored else []
         except ZeroSegError as error:
             failed.append({"case": stem, "error": str(error)})
@@ -361,6 +365,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--organ", default="body", help="where to look (default: body)")
     parser.add_argument("--text", help="what to look for (default: the organ's first tumour)")
     parser.add_argument("--modality", help="ct, mr or pet (default: what the file says, else guessed)")
+    parser.add_argument("--prompts", help="JSON of organ, tumor and modality by case, e.g. the cases.json of phantoms")
     parser.add_argument("--stages", help="comma-separated, of aova, inpaint, pixel, feature (default: all)")
     parser.add_argument("--ablation", action="store_true", help="also with fewer stages")
     parser.add_argument(
@@ -372,6 +377,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapters", help="folder of adapters (default: with the backbone)")
     parser.add_argument("--text-encoder", help="a transformers folder (default: with the backbone)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the frozen model (default: fp32)")
     parser.add_argument("--half", choices=["dev", "test", "all"], default="all", help="fixed halves of every set")
     parser.add_argument("--limit", type=int, help="evaluate the first N cases only")
     args = parser.parse_args(argv)
@@ -380,6 +386,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.tolerance is not None and not args.tolerance > 0:
         raise ZeroSegError("--tolerance must be a number of mm above 0")
     args.modality = check_modality(args.modality) if args.modality else None
+    args.prompts = read_prompts(args.prompts) if args.prompts else {}
     args.stages = [s.strip() for s in args.stages.split(",")] if args.stages else None
     try:
         args.steps = sorted({int(s) for s in args.steps.split(",") if s.strip()})
@@ -390,11 +397,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def read_prompts(path: str) -> dict[str, dict[str, str]]:
+    """Case -> its own organ, tumor and modality; other keys, such as a phantom's seed, are left aside.
+
+    Raises:
+        ZeroSegError: the file cannot be read or is not of that form.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        return {stem: {k: v for k, v in case.items() if k in TUMOR_PROMPT_KEYS and v} for stem, case in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ZeroSegError(f"--prompts must be a JSON file of objects by case: {error}") from error
+
+
 def make_inferer(args: argparse.Namespace) -> TumorSegmentationInferer:
     """The inferer of a command line, its settings checked and its weights loaded."""
     embedded = args.backbone == "embedded"
     inferer = TumorSegmentationInferer(
-        MaisiBackbone(args.backbone, device=args.device),
+        MaisiBackbone(args.backbone, device=args.device, dtype=args.dtype),
         TextEncoder(args.text_encoder or ("embedded" if embedded else str(Path(args.backbone) / "text"))),
         args.adapters or args.backbone,
         organ=args.organ,

@@ -154,6 +154,18 @@ def test_healthy_scans_alone_give_rates_only(dataset, model, tmp_path):
     assert summary["protocols"] == summary["baselines"] == {} and set(summary["absent"]) == {"healthy"}
 
 
+def test_a_case_can_be_asked_for_words_of_its_own(dataset, model, tmp_path, capsys):
+    words = {"a": {"organ": "brain", "tumor": "glioma", "seed": 7}, "b": {"modality": "mr"}, "elsewhere": {}}
+    (tmp_path / "cases.json").write_text(json.dumps(words))
+    assert run(dataset, model, tmp_path / "out", "--stages", "aova", "--prompts", str(tmp_path / "cases.json")) == 0
+    with open(tmp_path / "out" / "absent.csv") as file:
+        asked = {row["case"]: row["text"] for row in csv.DictReader(file)}
+    assert asked == {"a": "glioma", "b": "liver tumour", "healthy": "liver tumour"}
+    (tmp_path / "cases.json").write_text("[1]")
+    assert run(dataset, model, tmp_path / "out", "--prompts", str(tmp_path / "cases.json")) == 2
+    assert "--prompts must be" in capsys.readouterr().err
+
+
 def test_pictures_are_volumes_of_one_slice(model, tmp_path):
     values = np.random.default_rng(0).integers(0, 255, (40, 32), dtype=np.uint8)
     for name, array in (("images", values), ("masks", block((40, 32), (10, 20), (5, 25)).astype(np.uint8) * 255)):

@@ -197,6 +197,7 @@ class AovaAdapters(nn.Module):
         }
         self.top = top
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
+        self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
         self.sha256: str | None = None  # of the file they were loaded from
         self.stages = nn.ModuleList(
             StageAdapter(c, text_dim, alpha, hidden * c, around) for c, around in zip(channels, context, strict=True)

@@ -193,8 +193,8 @@ def healthy_margin_loss(
 def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) -> AovaAdapters:
     """Trained adapters from a folder with ``adapters.safetensors`` and the entry ``adapters`` in ``config.json``.
 
-    The entry ``fusion``, where there is one, holds the learned weights of ``residuals.fuse`` per modality; it becomes the
-    module's attribute.
+    The entries ``fusion`` (the learned weights of ``residuals.fuse``) and ``presence`` (the image logit that counts as even
+    odds), each per modality, become the module's attributes where they are there.
 
     Args:
         source: ``"embedded"``, that folder, or the path of ``adapters.safetensors`` in it.
@@ -232,7 +232,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
             f"the adapters in {name} read text vectors of {adapters.options['text_dim']} numbers, the text encoder gives {text_dim}: "
             "adapters fit only the encoder they were trained with"
         )
-    adapters.fusion = config.get("fusion")
+    adapters.fusion, adapters.presence = config.get("fusion"), config.get("presence")
     adapters.sha256 = file_sha256(path)
     return adapters.eval().requires_grad_(False)
 

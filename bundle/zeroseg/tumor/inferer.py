@@ -357,7 +357,8 @@ class TumorSegmentationInferer(Inferer):
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
             mask = (logits > logit(self.threshold)) & maps.region
             mask = keep_components(mask, self._least_voxels(prepared), self.max_components)
-        reason = self._absent(tumor, maps.aova, mask)
+        image_logit = maps.aova.image_logit - (self._adapters.presence or {}).get(prepared.modality, 0.0)
+        reason = self._absent(tumor, maps.aova, image_logit, mask)
         with timed(seconds, "restore"):
             restored = 1 / (1 + np.exp(-prepared.to_input(torch.from_numpy(logits.astype(np.float32)))))
             labels = np.zeros(prepared.shape, np.uint8)
@@ -377,7 +378,7 @@ class TumorSegmentationInferer(Inferer):
             "modality": prepared.modality,
             "text": tumor,
             "prompts": [list(pair) for pair in prompt_set(organ, tumor, prepared.modality)],
-            "image_probability": round(sigmoid(maps.aova.image_logit), 4),
+            "image_probability": round(sigmoid(image_logit), 4),
             "null_contrast": round(maps.aova.null_contrast, 4),
             "unknown_words": unknown,
             "absent_because": reason,
@@ -470,11 +471,11 @@ class TumorSegmentationInferer(Inferer):
             encoded._reconstruction = self.backbone.decode(encoded.features.latent)
         return encoded._reconstruction
 
-    def _absent(self, tumor: str, aova: AovaMap, mask: np.ndarray) -> str | None:
+    def _absent(self, tumor: str, aova: AovaMap, image_logit: float, mask: np.ndarray) -> str | None:
         """Why there is nothing to show, or None."""
         if len(self.text_encoder.unknown_words(tumor)) == len(tumor.split()):
             return "the text encoder knows none of the words"
-        if sigmoid(aova.image_logit) < self.presence:
+        if sigmoid(image_logit) < self.presence:
             return "the volume as a whole does not look like it"
         if aova.null_contrast <= 1e-3:  # equal up to rounding
             return "the prompt explains no voxel better than no prompt does"

@@ -244,7 +244,7 @@ class AdapterTrainer:
         text_encoder: frozen.
         phantoms: folder of ``scripts/phantoms.py --volumes``, or several; None: none.
         real: list of {folder, organ, modality}: real volumes with masks.
-        out: folder that gets ``adapters.safetensors`` and the config entries ``adapters`` and ``fusion``.
+        out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
         work: checkpoint; the run resumes from it.
         adapters: options of ``AovaAdapters``.
         initial: folder of trained adapters to start from instead of random ones.
@@ -428,8 +428,9 @@ class AdapterTrainer:
         self.seconds += time.monotonic() - start
         self.save()
         measured = {case.stem: round(self.dice(case), 4) for case in self.left_out}
-        fusion = self.fit_fusion() if self.fusion_volumes else None
-        return self.save(measured, fusion)
+        if not self.fusion_volumes:
+            return self.save(measured)
+        return self.save(measured, self.fit_fusion(), self.fit_presence())
 
     def train(self) -> None:
         """Both phases; the second begins with the first one's result and a tenth of its learning rate."""
@@ -554,11 +555,16 @@ class AdapterTrainer:
     def dice(self, case: TrainingCase, threshold: float = 0.5) -> float:
         """Dice of the AOVA map alone against a case's mask, on the working grid, asked by the organ's default words."""
         example = self.read(case)
-        prompts, roles = self.questions.embed(case.organ, default_tumor(case.organ), case.modality)
-        features = [f.to(self.backbone.device, torch.float32) for f in example.features]
-        found = (self.adapters(features, prompts.to(self.backbone.device), roles).probability > threshold).cpu()
+        found = (self._answer(example).probability > threshold).cpu()
         total = int(found.sum() + example.target.sum())
         return float(2 * (found & example.target).sum() / total) if total else 1.0
+
+    @torch.inference_mode()
+    def _answer(self, example: Example) -> AovaOutput:
+        """Of the adapters, asked by the organ's default words."""
+        case, device = example.case, self.backbone.device
+        prompts, roles = self.questions.embed(case.organ, default_tumor(case.organ), case.modality)
+        return self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
 
     def fit_fusion(self, voxels: int = 2000) -> dict[str, dict]:
         """Per modality the weights of AOVA margin and residuals, by logistic regression on voxels of volumes with a lesion.
@@ -569,7 +575,7 @@ class AdapterTrainer:
         """
         rng = np.random.default_rng(self.seed)
         inferer = TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
-        sick = [case for case in self.fusion_cases if np.asarray(nib.load(case.mask).dataobj).any()]
+        sick = [case for case in self.fusion_cases if _has_lesion(case)]
         found = {}
         for modality in sorted({case.modality for case in sick}):
             cases = [case for case in sick if case.modality == modality]
@@ -586,6 +592,19 @@ class AdapterTrainer:
                 found[modality] = fit_fusions({name: np.concatenate(parts) for name, parts in maps.items()}, target)
         return found
 
+    def fit_presence(self, false_alarms: float = 0.1) -> dict[str, float]:
+        """Per modality the image logit that this share of healthy volumes exceeds; from there on "absent" is not answered.
+
+        The training optimises both errors alike; a user who asks for what is not there should seldom be shown something.
+        Modalities with fewer than ten healthy volumes among the fusion's are missing.
+        """
+        logits: dict[str, list[float]] = {}
+        for case in tqdm(self.fusion_cases, desc="presence", mininterval=10):
+            if len(logits.get(case.modality, ())) < 3 * self.fusion_volumes and not _has_lesion(case):
+                output = self._answer(self.read(case))
+                logits.setdefault(case.modality, []).append(float(output.image_logit))
+        return {m: float(np.quantile(v, 1 - false_alarms)) for m, v in sorted(logits.items()) if len(v) >= 10}
+
     def _fusion_voxels(self, inferer, case, rng, voxels) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(n,) values of every map at random voxels of a case's region, and whether they are tumour."""
         image = nib.load(case.image)
@@ -596,16 +615,20 @@ class AdapterTrainer:
         target = encoded.prepared.from_input(np.asarray(nib.load(case.mask).dataobj)).numpy()
         return {name: values.ravel()[chosen] for name, values in maps.fusion_inputs.items()}, target.ravel()[chosen]
 
-    def save(self, measured: Mapping[str, float] | None = None, fusion: Mapping | None = None) -> dict:
+    def save(
+        self,
+        measured: Mapping[str, float] | None = None,
+        fusion: Mapping | None = None,
+        presence: Mapping[str, float] | None = None,
+    ) -> dict:
         """Write adapters, config entries, record and sums; returns the record."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().contiguous().cpu() for k, v in self.adapters.state_dict().items()}
         save_file(state, self.out / "adapters.safetensors")
         config = _read_json(self.out / "config.json")
         config["adapters"] = self.adapters.options
-        config.pop("fusion", None)
-        if fusion:
-            config["fusion"] = fusion
+        fitted = {"fusion": fusion, "presence": presence}
+        config = {k: v for k, v in config.items() if k not in fitted} | {k: v for k, v in fitted.items() if v}
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         kinds = sorted({c.kind for c in self.cases if c.kind})
         record = {
@@ -636,6 +659,10 @@ class AdapterTrainer:
         (self.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
         write_sums(self.out)
         return record
+
+
+def _has_lesion(case: TrainingCase) -> bool:
+    return bool(np.asarray(nib.load(case.mask).dataobj).any())
 
 
 def _read_json(path: Path) -> dict:
