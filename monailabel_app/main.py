@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
 
 import lib.bundle  # noqa: F401  (puts zeroseg on the path)
-from lib import authentication, dicom_seg, errors, ohif
+from lib import archives, authentication, dicom_seg, errors, files, ohif
 from lib.batch import CarefulBatch
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
@@ -138,12 +137,14 @@ class ZeroSegApp(MONAILabelApp):
 
         authentication.install()
         ohif.install()
+        files.install()
+        archives.install()
         errors.install(app.middleware_stack)
         app.middleware_stack = errors.RefusingPaths(OffLoop(app.middleware_stack))
 
 
 def _is_upload(path: Path, sessions: Path | None) -> bool:
-    """Whether a path is one that the server itself made for an upload: a temporary file, or a file of a session."""
-    path = path.resolve()
-    temporary = path.parent == Path(tempfile.gettempdir()).resolve() and path.name.startswith("tmp")
-    return temporary or (sessions is not None and path.is_relative_to(sessions.resolve()))
+    """Whether a path is one that the server itself made for an upload: a file of this request, or one of a session."""
+    return files.is_of_this_request(path) or (
+        sessions is not None and path.resolve().is_relative_to(sessions.resolve())
+    )

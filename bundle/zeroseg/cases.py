@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from zeroseg import __version__
 from zeroseg.attention import Segmentation
-from zeroseg.errors import ZeroSegError
+from zeroseg.errors import ZeroSegError, is_out_of_memory
 from zeroseg.io import (
     Case,
     Image,
@@ -27,9 +27,12 @@ from zeroseg.io import (
     draw_overlay,
     file_sha256,
     find_cases,
+    one_line,
     overlay_slices,
     read_image,
     slice_affine,
+    sole_writer,
+    staged,
     to_unit_range,
     versions,
     write_confidence,
@@ -38,11 +41,15 @@ from zeroseg.io import (
     write_map,
     write_mask,
 )
+from zeroseg.prompts import check_values
+from zeroseg.signals import Terminated, sigterm_like_ctrl_c, undisturbed
 
 logger = logging.getLogger(__name__)
 
 PROMPT_KEYS = ("select", "points", "labels", "box", "text")
 TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality")
+MAX_PROMPTS = 64 << 20
+"""Bytes a prompts file may have: some hundred thousand cases."""
 MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
 """DICOM's names -> those of ``zeroseg.tumor``."""
 
@@ -93,10 +100,16 @@ def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_
         return {}
     path = Path(str(path))
     try:
-        prompts = json.loads(path.read_text())
+        if path.exists() and not path.is_file():
+            raise ZeroSegError(f"cannot read prompts {path.name}: it is no file")
+        if path.stat().st_size > MAX_PROMPTS:
+            raise ZeroSegError(f"prompts {path.name} is larger than {MAX_PROMPTS >> 20} MB: split it by cases")
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ZeroSegError(f"cannot read prompts {path.name}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ZeroSegError):
+            raise
         raise ZeroSegError(f"prompts {path.name} is not valid JSON: {error}") from error
     if not isinstance(prompts, dict) or not all(isinstance(v, dict) for v in prompts.values()):
         raise ZeroSegError(f'prompts {path.name} must map case names to prompts: {{"case": {{"{keys[-1]}": ...}}}}')
@@ -110,8 +123,8 @@ def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_
 class CaseRunner:
     """Segment every case of a dataset and write the results; the bundle's evaluator.
 
-    One bad case never stops the others: it is listed in the manifest as failed, with its reason. Files appear whole or
-    not at all. Per case: ``<stem>_seg``, ``<stem>_confidence``, ``<stem>_overlay.png``, for DICOM input a DICOM SEG
+    One bad case never stops the others: it is listed in the manifest as failed, with its reason. The files of a case
+    appear together and whole or not at all. Per case: ``<stem>_seg``, ``<stem>_confidence``, ``<stem>_overlay.png``, for DICOM input a DICOM SEG
     ``<stem>_seg.dcm``; per run: ``manifest.json``.
 
     Args:
@@ -145,18 +158,22 @@ class CaseRunner:
         """Run and leave the process with exit code 2 when anything the user can mend went wrong.
 
         Raises:
-            SystemExit: 2 after a wrong setting or failed cases, 130 after an interrupt.
+            SystemExit: 2 after a wrong setting or failed cases, 130 after an interrupt, 143 after SIGTERM.
         """
         logging.getLogger("pydicom").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="pydicom")
         try:
-            failed = self.process()
-        except ZeroSegError as error:
-            print(f"zeroseg: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
+            with sigterm_like_ctrl_c():
+                failed = self.process()
+        except KeyboardInterrupt as interrupt:
             print("zeroseg: interrupted; finished cases are complete and listed in manifest.json", file=sys.stderr)
-            raise SystemExit(130) from None
+            raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
+        except Exception as error:
+            if not isinstance(error, ZeroSegError) and not is_out_of_memory(error):
+                raise
+            reason = error if isinstance(error, ZeroSegError) else "not enough memory for the model: use a smaller one"
+            print(f"zeroseg: {one_line(reason)}", file=sys.stderr)
+            raise SystemExit(2) from None
         if failed:
             raise SystemExit(2)
 
@@ -182,6 +199,10 @@ class CaseRunner:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ZeroSegError(f"cannot create the output folder {output}: {error.strerror or error}") from error
+        with sole_writer(output):
+            return self._process(cases, prompts, output)
+
+    def _process(self, cases: list[Case], prompts: dict[str, dict[str, Any]], output: Path) -> int:
         unused = sorted(set(prompts) - {c.stem for c in cases})
         if unused:
             logger.warning("prompts for %s match no case", ", ".join(unused))
@@ -193,9 +214,10 @@ class CaseRunner:
                 manifest["cases"].append(entry)
                 if entry["status"] == "failed":
                     failed += 1
-                    tqdm.write(f"zeroseg: {case.stem}: {entry['reason']}", file=sys.stderr)
+                    tqdm.write(one_line(f"zeroseg: {case.stem}: {entry['reason']}"), file=sys.stderr)
         finally:
-            write_json(output / "manifest.json", manifest)
+            with undisturbed():
+                write_json(output / "manifest.json", manifest)
         print(
             f"{len(cases) - failed} of {len(cases)} cases segmented; masks, overlays and manifest.json are in {output}"
         )
@@ -238,9 +260,12 @@ class CaseRunner:
             unit = to_unit_range(image, self.window)
             read = time.perf_counter()
             entry["prompt"] = prompt = self._prompt(image, prompt)
+            check_values(prompt)
             result = self._segment(image, unit, prompt)
             segmented = time.perf_counter()
-            entry["files"], notes = self._write(case, image, unit, result, prompt, output)
+            with staged(output) as stage:
+                files, notes = self._write(case, image, unit, result, prompt, stage)
+            entry["files"] = files
             written = time.perf_counter()
             entry.update(
                 status="done",
@@ -262,12 +287,10 @@ class CaseRunner:
             )
         except ZeroSegError as error:
             entry["reason"] = str(error)
-        except MemoryError:
-            entry["reason"] = "not enough memory for this case: use a smaller resolution, or a machine with more"
         except OSError as error:
             entry["reason"] = f"cannot read or write: {error.strerror or error}"
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             entry["reason"] = "not enough memory for this case: use a smaller resolution, or --device cpu"
         return entry

@@ -7,3 +7,22 @@ class ZeroSegError(ValueError):
 
 class WeightsError(ZeroSegError):
     """Weights are missing, incomplete, of a refused format, or do not match their SHA-256; HTTP 503 from a server."""
+
+
+class MemoryShortage(ZeroSegError):
+    """This machine has not enough memory for what was asked; HTTP 503 from a server."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python, numpy, torch on CPU and GPU, oneDNN and ITK each say it
+    in their own way."""
+    said = str(error).lower()
+    phrases = (
+        "out of memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "bad_alloc",
+        "failed to allocate",
+        "storage size calculation overflowed",
+    )
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(p in said for p in phrases))

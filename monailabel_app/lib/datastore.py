@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -16,11 +17,11 @@ from monailabel.datastore.local import LocalDatastore
 from pydicom.dataset import Dataset
 
 from lib import dicom_seg
-from lib.engine import CONVERTED
-from lib.errors import NotFound
+from lib.engine import CONVERTED, stamp
+from lib.errors import NotFound, Refused, is_name
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import atomic_path, find_cases, read_image
-from zeroseg.io.finding import sniff
+from zeroseg.io.finding import leaves, sniff
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
 
@@ -37,7 +38,11 @@ def holds_dicom(folder: Path) -> bool:
 
 
 class FolderDatastore(LocalDatastore):
-    """MONAI Label's folder datastore; a subfolder that holds a DICOM series is an image as well, named after the folder."""
+    """MONAI Label's folder datastore; a subfolder that holds a DICOM series is an image as well, named after the folder.
+
+    It serves and writes images and masks inside its folder only: no links that leave it, no files of other kinds, which
+    could be pages that run scripts in a viewer, or the datastore's own table.
+    """
 
     def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
         self._converting = threading.Lock()
@@ -46,19 +51,61 @@ class FolderDatastore(LocalDatastore):
     def _list_files(self, path, patterns):
         found = super()._list_files(path, patterns)
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
-            folders = [e for e in os.scandir(path) if e.is_dir() and not e.name.startswith(".") and e.name != "labels"]
-            found |= {e.name: e.name for e in folders if holds_dicom(Path(e.path))}
-        return found
+            folders = [
+                p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "labels"
+            ]
+            found |= {p.name: p.name for p in folders if not self._leaves(str(p)) and holds_dicom(p)}
+        return {name: file for name, file in found.items() if not self._leaves(os.path.join(path, file))}
+
+    def _leaves(self, path: str) -> bool:
+        return leaves(Path(path), Path(self._datastore_path).resolve())
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """As MONAI Label's.
+
+        Raises:
+            Refused: the file is of no image format, or its name would lead out of the folder.
+        """
+        self._check_new(image_id, image_filename, Path(self._datastore.image_path()))
+        return super().add_image(image_id, image_filename, image_info)
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """As MONAI Label's.
+
+        Raises:
+            Refused: as for ``add_image``.
+        """
+        self._check_new(image_id, label_filename, Path(self._datastore.label_path(label_tag)))
+        return super().save_label(image_id, label_filename, label_tag, label_info)
+
+    def _check_new(self, name: str, file: str, folder: Path) -> None:
+        formats = tuple(pattern[1:] for pattern in EXTENSIONS)
+        if not file.lower().endswith(formats):
+            raise Refused(f"a file named like that is no image: use one of {', '.join(formats)}")
+        target = folder / self._filename(name, self._to_id(os.path.basename(file))[1])
+        if not is_name(target.name) or not is_name(name) or self._leaves(str(target)):
+            raise Refused(f"{name[:80]!r} is no valid name for a new file")
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """Path of a label; empty where there is none, or a link that leaves the folder in its place."""
+        path = super().get_label_uri(label_id, label_tag)
+        return "" if path and self._leaves(path) else path
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of the image; of a DICOM folder the path of its NIfTI twin, because viewers download one file."""
         path = super().get_image_uri(image_id)
-        if not path or not os.path.isdir(path):
+        if not path or self._leaves(path):
+            return ""
+        if not os.path.isdir(path):
             return path
         twin = Path(self._datastore_path) / CONVERTED / f"{image_id}.nii.gz"
+        made_of = twin.with_name(f"{image_id}.stamp")
         with self._converting:
-            if not twin.is_file():
+            current = hashlib.sha256(repr(stamp(Path(path))).encode()).hexdigest()
+            if not twin.is_file() or not made_of.is_file() or made_of.read_text() != current:
                 write_twin(Path(path), twin)
+                with atomic_path(made_of) as part:
+                    part.write_text(current)
         return str(twin)
 
     def _to_id(self, file):

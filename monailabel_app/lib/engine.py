@@ -205,9 +205,16 @@ def source_of(path: Path) -> Path:
     return folder if folder.is_dir() and any(folder.iterdir()) else path
 
 
-def _stamp(path: Path) -> tuple:
+def stamp(path: Path) -> tuple:
+    """What changes when a file, or one of a folder, does.
+
+    The time of modification alone does not: copying sets it, clocks go wrong, and another patient's image may be as long.
+    The inode and the time of its last change cannot be set by a user; stamps are compared for equality only, so that a
+    clock that goes backwards does no harm.
+    """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    found = [(f.name, f.stat()) for f in files]
+    return tuple((name, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size) for name, s in found)
 
 
 class Engine:
@@ -230,7 +237,7 @@ class Engine:
             ZeroSegError: it cannot be read, or the folder holds several images.
         """
         path = source_of(Path(uri))
-        key = str(path), _stamp(path) if path.exists() else None
+        key = str(path), stamp(path) if path.exists() else None
         entry = self.images.get(key)
         if entry is None:
             cases = find_cases(path)

@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import tarfile
@@ -22,10 +23,13 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lib.limits import foreign
 from lib.responsive import Abandoned
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import MemoryShortage, WeightsError, ZeroSegError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+_BAD_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP)
 
 NAMES = ("image", "id", "label", "tag", "session_id", "model", "strategy", "method")
 """Query parameters that MONAI Label uses as names in its folders or tables."""
@@ -33,6 +37,10 @@ NAMES = ("image", "id", "label", "tag", "session_id", "model", "strategy", "meth
 
 class NotFound(Exception):
     """A model, an image or a label that the server does not have; the message says which."""
+
+
+class Foreign(Exception):
+    """The request comes from a web page of somebody else."""
 
 
 class Refused(Exception):
@@ -69,11 +77,7 @@ def status_and_detail(error: BaseException) -> tuple[int, Any]:
         return (422 if error.status_code == 500 else error.status_code), error.detail
     if isinstance(error, WeightsError):
         return 503, f"weights: {error}"
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in str(error).lower()
-        or "can't allocate memory" in str(error).lower()
-    ):
+    if isinstance(error, MemoryShortage) or is_out_of_memory(error):
         return 503, "the server has not enough memory for this image: try one slice (option extent), or a smaller image"
     if isinstance(error, (ZeroSegError, Refused)):
         return 422, str(error)
@@ -93,10 +97,16 @@ def status_and_detail(error: BaseException) -> tuple[int, Any]:
         return 503, f"the DICOM server cannot be reached ({type(error).__name__}): check that it runs"
     if isinstance(error, shutil.ReadError):
         return 422, f"the archive cannot be unpacked: {error}"
+    if isinstance(error, OSError) and error.errno in _BAD_NAME:
+        return 422, f"a name in the request cannot be a file's: {error.strerror}"
     if isinstance(error, OSError):
         return 503, f"the server cannot read or write a file: {error.strerror or type(error).__name__}"
     if isinstance(
-        error, (ValidationError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
+        error,
+        (
+            *(ValidationError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError),
+            *(OverflowError, RecursionError),  # numbers beyond all bounds, JSON nested without end
+        ),
     ):
         # Raised by MONAI Label's own code on requests of an unexpected form; the app's own bugs arrive as InternalError.
         return 422, f"the request could not be understood ({type(error).__name__}: {str(error)[:200]})"
@@ -120,7 +130,11 @@ async def answer(request: Request, error: Exception) -> Response:
 
 
 class RefusingPaths:
-    """ASGI application in front of another one that answers 422 to names which are paths, and to training."""
+    """ASGI application in front of another one that refuses what no client of this server has to ask for.
+
+    403 for pages of other sites, 422 for names which are paths, for training, and for loading the app anew, which would
+    leave the old one's memory behind.
+    """
 
     def __init__(self, app):
         self.app = app
@@ -128,9 +142,18 @@ class RefusingPaths:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "http":
             try:
+                headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+                reason = foreign((scope.get("server") or ("", 0))[0], headers.get(b"host", ""), headers.get(b"origin"))
+                if reason:
+                    raise Foreign(reason)
+                if scope["path"].rstrip("/") == "/reload":
+                    raise Refused("the app is not loaded anew while it serves: start the server again")
                 if scope["path"].startswith("/train") and scope["method"] == "POST":
                     raise Refused("there is nothing to train: the models are frozen")
                 check_names(scope["path"], scope["query_string"].decode("latin-1"))
+            except Foreign as error:
+                await JSONResponse({"detail": str(error)}, 403)(scope, receive, send)
+                return
             except Refused as error:
                 await JSONResponse({"detail": str(error)}, 422)(scope, receive, send)
                 return

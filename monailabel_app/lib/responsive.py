@@ -16,6 +16,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from starlette.responses import JSONResponse
+
+from lib.files import of_one_request
+from lib.limits import upload_limit
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -66,7 +71,11 @@ class OffLoop:
             await self.app(scope, receive, send)
             return
         with tempfile.SpooledTemporaryFile(IN_MEMORY) as body:
-            if not await _read_body(receive, body):
+            try:
+                if not await _read_body(receive, body):
+                    return
+            except TooLarge as error:
+                await JSONResponse({"detail": str(error)}, 413)(scope, receive, send)
                 return
             pool = self.jobs if _is_job(scope) else self.threads
             gone = threading.Event()
@@ -109,13 +118,24 @@ def _is_job(scope: Scope) -> bool:
     )
 
 
+class TooLarge(Exception):
+    """The request is longer than is allowed."""
+
+
 async def _read_body(receive: Receive, body) -> bool:
-    """Read the whole body; False when the client went away meanwhile."""
+    """Read the whole body; False when the client went away meanwhile.
+
+    Raises:
+        TooLarge: there is more of it than ``upload_limit``.
+    """
+    limit = upload_limit()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return False
         body.write(message.get("body", b""))
+        if body.tell() > limit:
+            raise TooLarge(f"the request is longer than the {limit >> 20} MB accepted: send less at a time")
         if not message.get("more_body"):
             body.seek(0)
             return True
@@ -145,4 +165,5 @@ def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], gone:
         deliver(message)
 
     _abandoned.set(gone)
-    asyncio.run(app(scope, receive, send))
+    with of_one_request():
+        asyncio.run(app(scope, receive, send))

@@ -6,8 +6,8 @@ from zeroseg.io.finding import Case, find_cases
 from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
-from zeroseg.io.reading import Image, read_image, slice_affine
-from zeroseg.io.writing import atomic_path, write_confidence, write_map, write_mask
+from zeroseg.io.reading import Image, one_line, read_image, slice_affine
+from zeroseg.io.writing import atomic_path, sole_writer, staged, write_confidence, write_map, write_mask
 
 __all__ = [
     "Case",
@@ -18,9 +18,12 @@ __all__ = [
     "draw_overlay",
     "file_sha256",
     "find_cases",
+    "one_line",
     "overlay_slices",
     "read_image",
     "slice_affine",
+    "sole_writer",
+    "staged",
     "to_unit_range",
     "versions",
     "write_confidence",

@@ -38,6 +38,10 @@ _DATA_SUFFIXES = (".raw", ".zraw")  # pixel files of detached headers (.mhd, .nh
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", *TIFF_MAGIC)
 _DICOMDIR = "1.2.840.10008.1.3.10"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+MAX_VOXELS = 512_000_000
+"""Voxels (pixels times channels) a header may declare before the file is refused: 2 GB as float32."""
+VOXELS_VARIABLE = "ZEROSEG_MAX_VOXELS"
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def find_cases(dataset_dir: str | os.PathLike, exclude: str | os.PathLike | None
         kind = _kind(root)
         if kind is None:
             raise ZeroSegError(f"{root}: not a known image format; give {_known_formats()}")
-        return [Case(_stem(root, kind), (root, *_detached_data(root, kind)), kind)]
+        return [Case(_safe(_stem(root, kind)), (root, *_detached_data(root, kind)), kind)]
 
     found: list[tuple[list[str], tuple[Path, ...], str]] = []  # names from plain to specific, files, kind
     dicom, unknown = [], []
@@ -102,7 +106,7 @@ def find_cases(dataset_dir: str | os.PathLike, exclude: str | os.PathLike | None
     if not found:
         raise ZeroSegError(f"{root}: no image found in this folder; give {_known_formats()}")
     found.sort(key=lambda entry: entry[1][0])
-    stems = _unique([names for names, _, _ in found])
+    stems = _unique([[_safe(name) for name in names] for names, _, _ in found])
     return [Case(stem, paths, kind) for stem, (_, paths, kind) in zip(stems, found, strict=True)]
 
 
@@ -126,10 +130,23 @@ def _walk(root: Path, exclude: Path | None) -> Iterator[Path]:
             path = Path(folder, name)
             if name[0] == ".":
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if leaves(path, inside):
                 logger.warning("skipped %s: a symbolic link that leaves the folder", path)
             elif path.is_file():
                 yield path
+
+
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether a path is a symbolic link, or lies behind one, that leads out of a folder or in circles.
+
+    Args:
+        path: any path.
+        folder: resolved.
+    """
+    try:
+        return not path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError, ValueError):  # a circle, before Python 3.13; a NUL in the name
+        return True
 
 
 def _suffix(path: Path) -> str:
@@ -186,6 +203,15 @@ def nifti_class(head: bytes) -> type[nib.Nifti1Image] | None:
     return None
 
 
+def _safe(name: str) -> str:
+    """A name that is no path, no hidden file and one line: parts of it may come out of a DICOM header.
+
+    Names of files are made of the same letters as before, unless they hold control characters or are no UTF-8.
+    """
+    kept = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
+    return "_" + kept[1:] if kept[:1] == "." else kept
+
+
 def _file_names(path: Path, kind: str, root: Path) -> list[str]:
     stem, extension = _stem(path, kind), _suffix(path).replace(".", "")
     folders = path.parent.relative_to(root).parts or (root.resolve().name,)
@@ -225,23 +251,96 @@ def _detached_data(path: Path, kind: str) -> tuple[Path, ...]:
     """The pixel file a text header (.mhd, .nhdr) names, where it exists; it belongs to the case."""
     try:
         name = data_file_entry(path) if kind == "itk" else None
-    except OSError:
+    except (OSError, ZeroSegError):
         return ()
     data = path.parent / name if name and Path(name).name == name else None
-    return (data,) if data is not None and data.is_file() else ()
+    try:
+        inside = data is not None and not leaves(data, path.parent.resolve()) and data.is_file()
+    except OSError:  # a name too long to be one
+        inside = False
+    return (data,) if inside else ()
 
 
 def data_file_entry(path: Path) -> str | None:
-    """What a NRRD or MetaImage header says about where the pixels are: None for behind the header itself."""
+    """What a NRRD or MetaImage header says about where the pixels are: None for behind the header itself.
+
+    Raises:
+        ZeroSegError: the header has no end within its first 64 KiB, so that ITK could see what this function does not.
+        OSError: the file cannot be read.
+    """
     with open(path, "rb") as file:
         head = file.read(64 * 1024)
     if head.startswith(b"NRRD"):
-        head = head.replace(b"\r\n", b"\n").split(b"\n\n")[0]
+        head, end, _ = head.replace(b"\r\n", b"\n").partition(b"\n\n")
         entry = re.search(rb"^data ?file:[ \t]*(.*?)[ \t]*$", head, re.MULTILINE | re.IGNORECASE)
-    else:
-        entry = re.search(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(.*?)[ \t\r]*$", head, re.MULTILINE)
+        whole = end or entry or path.stat().st_size <= 64 * 1024
+    else:  # MetaIO takes either sign
+        entry = re.search(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", head, re.MULTILINE)
+        whole = entry
+    if not whole:
+        raise ZeroSegError(f"{path}: its header does not end within 64 KiB, or names no pixels; export it again")
     name = entry.group(1).decode("utf-8", "replace") if entry else ""
     return name if name and name.upper() != "LOCAL" else None
+
+
+def refuse_inflating(path: Path) -> None:
+    """Refuse a DICOM file of the deflated transfer syntax that grows beyond all measure; pydicom inflates it whole.
+
+    Raises:
+        ZeroSegError: it does.
+    """
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        if head[128:132] != b"DICM" or _DEFLATED not in head:
+            return
+        file.seek(0)
+        limit, grown = max_voxels(), 0
+        try:
+            file.seek(144 + struct.unpack("<I", head[140:144])[0])  # (0002,0000): the length of the meta group after it
+            inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+            while not inflate.eof and (data := inflate.unconsumed_tail or file.read(1 << 16)):
+                grown += len(inflate.decompress(data, 1 << 20))
+                if grown > limit:
+                    raise ZeroSegError(
+                        f"{path}: inflates to more than {limit / 10**6:g} MB; decompress it first, or raise the limit "
+                        f"by the environment variable {VOXELS_VARIABLE}"
+                    )
+        except (zlib.error, struct.error):  # damaged: the parser will say so
+            return
+
+
+def max_voxels() -> int:
+    """Voxels (pixels times channels) a header may declare: ``ZEROSEG_MAX_VOXELS``, else :data:`MAX_VOXELS`.
+
+    Raises:
+        ZeroSegError: the variable is no positive whole number.
+    """
+    return limit_of(VOXELS_VARIABLE, MAX_VOXELS)
+
+
+def limit_of(variable: str, default: int) -> int:
+    """A limit that an environment variable can move.
+
+    Raises:
+        ZeroSegError: the variable is no positive whole number.
+    """
+    given = os.environ.get(variable, "").strip()
+    if given and not (given.isascii() and given.isdigit() and int(given[:18]) > 0):
+        raise ZeroSegError(f"the environment variable {variable} must be a positive whole number, not {given[:40]!r}")
+    return int(given[:18]) if given else default
+
+
+def _element(header: Dataset, keyword: str) -> object:
+    """An element's value; None where it is missing or garbled."""
+    try:
+        return header.get(keyword)
+    except Exception:  # pydicom converts on access, and raises whatever the value calls for
+        return None
+
+
+def _is_slice(header: Dataset) -> bool:
+    placed = _element(header, "ImagePositionPatient") and _element(header, "ImageOrientationPatient")
+    return bool(placed) and str(_element(header, "NumberOfFrames") or 1) == "1"
 
 
 def _group_dicom(paths: Sequence[Path], root: Path) -> list[tuple[list[str], tuple[Path, ...], str]]:
@@ -251,6 +350,7 @@ def _group_dicom(paths: Sequence[Path], root: Path) -> list[tuple[list[str], tup
     series: dict[str, list[tuple[Path, Dataset]]] = {}
     for path in paths:
         try:
+            refuse_inflating(path)
             header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
             uid = str(header.get("SeriesInstanceUID") or path)
             if header.file_meta.get("MediaStorageSOPClassUID") == _DICOMDIR:
@@ -261,18 +361,14 @@ def _group_dicom(paths: Sequence[Path], root: Path) -> list[tuple[list[str], tup
 
     entries = []
     for uid, members in series.items():
-        slices = sum(
-            bool(header.get("ImagePositionPatient") and header.get("ImageOrientationPatient"))
-            and int(header.get("NumberOfFrames") or 1) == 1
-            for _, header in members
-        )
+        slices = sum(_is_slice(header) for _, header in members)
         if slices < 2:
             entries += [(_file_names(path, "dicom", root), (path,), "dicom") for path, _ in members]
             continue
         files = tuple(sorted(path for path, _ in members))
         folder = Path(os.path.commonpath([path.parent for path in files]))
         parts = folder.relative_to(root).parts or (root.resolve().name or "series",)
-        number = members[0][1].get("SeriesNumber")
+        number = _element(members[0][1], "SeriesNumber")
         names = [parts[-1], f"{parts[-1]}_series{number}", "_".join(parts), f"{parts[-1]}_{uid}"]
         entries.append((names, files, "dicom_series"))
     return entries

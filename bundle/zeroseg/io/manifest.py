@@ -50,7 +50,8 @@ def write_json(path: str | os.PathLike, obj: Any) -> Path:
     """
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A file name that is no UTF-8 keeps its bytes: as lone surrogates, which JSON writes with a backslash.
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
     return Path(path)
 
 

@@ -9,6 +9,7 @@ import gzip
 import logging
 import math
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,20 +23,36 @@ import SimpleITK as sitk
 import tifffile
 from PIL import Image as PILImage
 from PIL import ImageOps
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.encaps import defragment_data
 from pydicom.pixel_data_handlers.util import get_expected_length
 from pydicom.uid import UID, ImplicitVRLittleEndian, UncompressedTransferSyntaxes
 
-from zeroseg.errors import ZeroSegError
-from zeroseg.io.finding import TIFF_MAGIC, Case, data_file_entry, find_cases, nifti_class
+from zeroseg.errors import MemoryShortage, ZeroSegError, is_out_of_memory
+from zeroseg.io.finding import (
+    MAX_VOXELS,
+    TIFF_MAGIC,
+    VOXELS_VARIABLE,
+    Case,
+    data_file_entry,
+    find_cases,
+    leaves,
+    limit_of,
+    max_voxels,
+    nifti_class,
+    refuse_inflating,
+)
 
 __all__ = ["MAX_VOXELS", "Case", "Image", "find_cases", "read_image", "slice_affine"]
 
 logger = logging.getLogger(__name__)
 
-MAX_VOXELS = 512_000_000
-"""Voxels (pixels times channels) a header may declare before the file is refused: 2 GB as float32."""
-
+PIXELS_VARIABLE = "ZEROSEG_MAX_PIXELS"
+"""Environment variable that moves the limit on pixels of a picture, which is Pillow's: 89 million."""
+MAX_EXTENSIONS = 1 << 24
+"""Bytes of header extensions a NIfTI file may have; private notes, which nobody here reads."""
+_PILLOW_LIMIT = PILImage.MAX_IMAGE_PIXELS
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 _SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -151,9 +168,9 @@ def _decoding(path: Path) -> Iterator[None]:
         yield
     except ZeroSegError as error:
         raise ZeroSegError(one_line(error)) from error.__cause__
-    except MemoryError as error:
-        raise ZeroSegError(f"{path}: not enough memory to read it; crop or downsample it first") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryShortage(f"{path}: not enough memory to read it; crop or downsample it first") from error
         message = f"{path}: cannot be read, it is truncated, damaged or not an image ({_brief(error)}); export it again"
         raise ZeroSegError(one_line(message)) from error
 
@@ -175,10 +192,11 @@ def _check_size(path: Path, shape: Sequence[int], channels: int = 1) -> None:
     size = "x".join(str(int(n)) for n in shape)
     if not shape or min(shape) < 1:
         raise ZeroSegError(f"{path}: the header declares an image of zero size ({size}); export it again")
-    if math.prod(int(n) for n in shape) * channels > MAX_VOXELS:
+    limit = max_voxels()
+    if math.prod(int(n) for n in shape) * channels > limit:
         raise ZeroSegError(
-            f"{path}: {size} is more than the {MAX_VOXELS // 10**6} million voxels accepted; "
-            "crop or downsample it first"
+            f"{path}: {size} is more than the {limit / 10**6:g} million voxels accepted; "
+            f"crop or downsample it first, or raise the limit by the environment variable {VOXELS_VARIABLE}"
         )
 
 
@@ -213,14 +231,15 @@ def _read_picture(path: Path) -> Image:
     notes = []
     with open(path, "rb") as file:
         is_tiff = file.read(4) in TIFF_MAGIC
+    PILImage.MAX_IMAGE_PIXELS = limit_of(PIXELS_VARIABLE, _PILLOW_LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             picture = PILImage.open(path, formats=("PNG", "JPEG", "TIFF", "BMP"))
     except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError) as error:
         raise ZeroSegError(
-            f"{path}: more than the {PILImage.MAX_IMAGE_PIXELS // 10**6} million pixels accepted; "
-            "crop or downsample it first"
+            f"{path}: more than the {PILImage.MAX_IMAGE_PIXELS / 10**6:.3g} million pixels accepted; "
+            f"crop or downsample it first, or raise the limit by the environment variable {PIXELS_VARIABLE}"
         ) from error
     except PILImage.UnidentifiedImageError:
         if is_tiff:  # sample formats Pillow does not know, e.g. float64 or several 16-bit channels
@@ -277,9 +296,11 @@ def _read_nifti(path: Path) -> Image:
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open  # by content: .nii may be zipped, .nii.gz plain
     with opener(path, "rb") as stream:
-        image_class = nifti_class(stream.read(352))
+        head = stream.read(544)
+        image_class = nifti_class(head[:352])
         if image_class is None:
             raise ZeroSegError(f"{path}: not a NIfTI file (wrong header); export it again")
+        _check_extensions(path, image_class, head)
         stream.seek(0)
         nifti = image_class.from_stream(stream)
         shape, dtype = nifti.shape, nifti.get_data_dtype()
@@ -319,12 +340,24 @@ def _read_nifti(path: Path) -> Image:
     )
 
 
+def _check_extensions(path: Path, image_class: type[nib.Nifti1Image], head: bytes) -> None:
+    """Refuse header extensions too large to be read: their size is declared, and a .gz makes it up from nothing."""
+    size = image_class.header_class.template_dtype.itemsize
+    header = image_class.header_class(head[:size], check=False)
+    begin = float(header["vox_offset"])
+    extended = head[size : size + 1] not in (b"", b"\0")
+    first = np.frombuffer(head[size + 4 : size + 8], header.endianness + "i4") if extended else ()
+    if not -1 < begin <= MAX_EXTENSIONS or any(n > MAX_EXTENSIONS for n in first):
+        raise ZeroSegError(f"{path}: the header declares extensions of more than 16 MB; export it again without them")
+
+
 def _read_itk(path: Path) -> Image:
     with open(path, "rb") as file:
         is_nrrd = file.read(4) == b"NRRD"
     name = data_file_entry(path)
     # A header may name any file of the machine as its pixels; only one beside it is believed.
-    if name is not None and (Path(name).name != name or name.upper().startswith("LIST") or "%" in name):
+    elsewhere = name is not None and (Path(name).name != name or leaves(path.parent / name, path.parent.resolve()))
+    if elsewhere or (name is not None and (name.upper().startswith("LIST") or "%" in name)):
         raise ZeroSegError(f"{path}: its pixels are in '{name}', not in one file beside it; save it as .nrrd or .mha")
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
@@ -359,6 +392,7 @@ def _read_itk(path: Path) -> Image:
 
 def _dicom_header(path: Path) -> Dataset:
     """The header of a DICOM file that holds one image; refuses what holds none or many."""
+    refuse_inflating(path)
     header = pydicom.dcmread(path, force=True)
     if "SOPClassUID" not in header and "Rows" not in header:
         raise ZeroSegError(f"{path}: not a DICOM file; export it again")
@@ -378,8 +412,79 @@ def _dicom_header(path: Path) -> Dataset:
         raise ZeroSegError(
             f"{path}: {stored} bytes of pixels where {expected} belong, the file is damaged; export it again"
         )
+    _check_coded_size(path, header)
+    _check_structure(path, header)
     del header.PixelData  # the decoder reads it again; here it would be kept for every slice of a series
     return header
+
+
+def _check_coded_size(path: Path, header: Dataset) -> None:
+    """Refuse compressed pixels whose own header declares another size: a decoder allocates by that one."""
+    if not _is_compressed(header):
+        return
+    pixels, at = header.PixelData, 0
+    while at + 8 <= len(pixels):
+        at += 8 + struct.unpack("<I", pixels[at + 4 : at + 8])[0]
+    if at > len(pixels):
+        raise ZeroSegError(f"{path}: a piece of its compressed pixels is cut off, the file is damaged; export it again")
+    size = _coded_size(defragment_data(pixels))
+    if size and size != (header.Columns, header.Rows):
+        raise ZeroSegError(
+            f"{path}: {header.Columns}x{header.Rows} by its header, {size[0]}x{size[1]} by its compressed pixels; "
+            "the file is damaged, export it again"
+        )
+
+
+def _coded_size(code: bytes) -> tuple[int, int] | None:
+    """(columns, rows) a JPEG, JPEG-LS or JPEG 2000 codestream declares; None for others, such as RLE."""
+    begin = -1 if code.startswith(b"\xff\xd8") else code.find(b"\xff\x4f\xff\x51", 0, 4096)  # JP2 boxes may precede
+    if begin >= 0 and len(code) >= begin + 24:
+        right, bottom, left, top = struct.unpack(">4I", code[begin + 8 : begin + 24])
+        return right - left, bottom - top
+    at = 2 if code.startswith(b"\xff\xd8") else len(code)
+    while at + 9 <= len(code) and code[at] == 0xFF:
+        marker, length = code[at + 1], int.from_bytes(code[at + 2 : at + 4], "big")
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns = struct.unpack(">2H", code[at + 5 : at + 9])
+            return columns, rows
+        at += 1 if marker == 0xFF else 2 + length
+    return None
+
+
+def _check_structure(path: Path, header: Dataset, deepest: int = 64) -> None:
+    """Refuse what pydicom passes over and GDCM does not survive: elements longer than the file, for which it takes up to
+    4 GB, and sequences in sequences without end, on which it overruns its stack and takes the process with it."""
+
+    def walk(dataset: Dataset, depth: int) -> None:
+        if depth > deepest:
+            raise ZeroSegError(
+                f"{path}: sequences nested more than {deepest} deep, the file is damaged; export it again"
+            )
+        for tag in list(dataset.keys()):  # the elements themselves would be converted, all of them
+            size = 0
+            try:
+                raw = dataset.get_item(tag)
+                if isinstance(raw, RawDataElement):
+                    size = len(raw.value or b"")
+                    if size < raw.length != 0xFFFFFFFF:
+                        raise ZeroSegError(
+                            f"{path}: element {raw.tag} declares {raw.length} bytes where {size} are left, "
+                            "the file is damaged; export it again"
+                        )
+                if raw.VR not in ("SQ", "UN", None):
+                    continue
+                element = dataset[tag]
+            except (RecursionError, ZeroSegError):
+                raise
+            except Exception:  # garbled; what is short cannot nest deep enough to harm
+                if size < 1 << 14:
+                    continue
+                raise
+            for item in element.value if element.VR == "SQ" else ():
+                walk(item, depth + 1)
+
+    walk(getattr(header, "file_meta", Dataset()), 0)
+    walk(header, 0)
 
 
 def _transfer_syntax(header: Dataset) -> UID:

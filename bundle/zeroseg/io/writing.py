@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,14 @@ from PIL import Image as PILImage
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.io.reading import Image
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+UNFINISHED = ".zeroseg-" + "[0-9a-f]" * 16 + "*"
+"""Pattern of the names of files and folders that are not finished."""
 
 
 @contextmanager
@@ -43,13 +52,90 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ZeroSegError(
-            f"cannot write {path.name} into the folder {path.parent} ({error.strerror or error}); "
-            "check its permissions and the space left on the disk"
-        ) from error
+        folder = path.parent.parent if path.parent.match(UNFINISHED) else path.parent
+        raise _cannot_write(path.name, folder, error) from error
     finally:
         with suppress(OSError):  # already renamed, or its folder never came to be
             temporary.unlink()
+
+
+def _cannot_write(name: str, folder: Path, error: OSError) -> ZeroSegError:
+    return ZeroSegError(
+        f"cannot write {name} into the folder {folder} ({error.strerror or error}); "
+        "check its permissions and the space left on the disk"
+    )
+
+
+@contextmanager
+def staged(folder: str | os.PathLike) -> Iterator[Path]:
+    """A hidden folder inside another one, whose files move there together when the block ends without an exception.
+
+    So files that belong to each other appear all or none; files of the same names are replaced. Only a process killed
+    between two renamings can leave some of them, each whole.
+
+    Args:
+        folder: existing.
+
+    Yields:
+        The hidden folder; it is removed in the end, whatever happens.
+
+    Raises:
+        ZeroSegError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    stage = folder / f".zeroseg-{secrets.token_hex(8)}"
+    try:
+        try:
+            stage.mkdir()
+        except OSError as error:
+            raise _cannot_write("results", folder, error) from error
+        yield stage
+        for path in sorted(stage.iterdir()):
+            try:
+                os.replace(path, folder / path.name)
+            except OSError as error:
+                raise _cannot_write(path.name, folder, error) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder for one run, and clear what killed runs left unfinished there.
+
+    The hold is a lock on the folder itself, so it leaves no file and ends with the process however that ends. Where the
+    file system knows no such locks (NFS, Windows) nothing is held or cleared; files still appear whole.
+
+    Args:
+        folder: existing.
+
+    Raises:
+        ZeroSegError: another run holds it.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ZeroSegError(f"another run writes into {folder}: wait for it, or give another output folder") from None
+    except (OSError, AttributeError):
+        yield
+        return
+    try:
+        remove_unfinished(folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what processes that were killed left unfinished; only for who holds the folder alone."""
+    for path in Path(folder).glob(UNFINISHED):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_mask(image: Image, labels: np.ndarray, path: str | os.PathLike) -> Path:

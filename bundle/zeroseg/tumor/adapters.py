@@ -159,7 +159,7 @@ class AovaAdapters(nn.Module):
     has its decision at 0.5. A role with several prompts counts as the mean of its members' likelihoods, so adding
     synonyms does not raise its odds.
 
-    The image-level logit (for the paper's image-level anomaly term) is the mean margin over the ``top`` share of voxels
+    The image-level logit (for the paper's image-level anomaly term) is the mean margin over the ``top`` highest voxels
     plus a correction by an MLP of the features that the abnormal prompts attend to. ``pooled`` serves the text
     alignment term.
 
@@ -170,7 +170,8 @@ class AovaAdapters(nn.Module):
         hidden: width of T per stage as a multiple of its channels.
         context: per stage, sides of the cubes T also sees; none at full resolution, where they cost most and the
             coarser stages see further anyway.
-        top: share of the voxels that decide about the image.
+        top: voxels that decide about the image: about the smallest lesion worth showing, half a millilitre at 3 mm. A share
+            of the voxels would let the field of view decide.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class AovaAdapters(nn.Module):
         alpha: float = 0.1,
         hidden: int = 4,
         context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
-        top: float = 0.002,
+        top: int = 20,
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -281,7 +282,6 @@ def role_margin(logits: Tensor, roles: Sequence[str]) -> Tensor:
     return role("abnormal") - torch.stack(others).logsumexp(0)
 
 
-def top_mean(values: Tensor, share: float) -> Tensor:
-    """Mean of the highest ``share`` of a tensor's values, at least one of them."""
-    count = max(1, round(share * values.numel()))
-    return values.flatten().topk(count).values.mean()
+def top_mean(values: Tensor, count: int) -> Tensor:
+    """Mean of a tensor's ``count`` highest values, or of all where it has fewer."""
+    return values.flatten().topk(min(count, values.numel())).values.mean()

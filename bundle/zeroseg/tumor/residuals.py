@@ -122,6 +122,9 @@ def fuse(
 def fit_fusion(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: float = 1e-3) -> dict[str, float]:
     """The weights of ``fuse`` for one choice of maps, by logistic regression.
 
+    A residual can speak for a tumour, never against one: one whose weight comes out negative follows something else, such as
+    edges that the autoencoder blurs, and is left out (weight 0).
+
     The bias is then moved so that the cut at 0 gives the best Dice on these voxels: where tumour is rare, that cut lies
     below even odds, and Dice is what a mask is judged by.
 
@@ -139,6 +142,28 @@ def fit_fusion(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: floa
     if target.all() or not target.any():
         raise ValueError("fitting the fusion needs voxels inside and outside tumours")
     names = sorted(maps)
+    dropped: list[str] = []
+    while True:
+        used = [name for name in names if name not in dropped]
+        weights = _regression({name: maps[name] for name in used}, target, penalty)
+        negative = [name for name in used if name != "aova" and weights[name] < 0]
+        if not negative:
+            break
+        dropped.append(min(negative, key=weights.get))
+    logits = torch.from_numpy(sum(weights[name] * np.asarray(maps[name], np.float64) for name in used))
+    y = torch.from_numpy(target.astype("float64"))
+    order = logits.argsort(descending=True)
+    hits = y[order].cumsum(0)
+    dice = 2 * hits / (torch.arange(1, len(y) + 1, dtype=torch.float64) + y.sum())
+    last = int(dice.argmax())  # the voxels up to here make the best mask; the cut lies below the last of them
+    following = min(last + 1, len(y) - 1)
+    cut = float(logits[order[last]] + logits[order[following]]) / 2
+    return {"bias": -cut, **weights, **dict.fromkeys(dropped, 0.0)}
+
+
+def _regression(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: float) -> dict[str, float]:
+    """Weights of a logistic regression, without its bias."""
+    names = sorted(maps)
     x = torch.from_numpy(np.stack([maps[n] for n in names], 1)).double()
     y = torch.from_numpy(target.astype("float64"))
     centre, spread = x.mean(0), x.std(0).clamp_min(1e-9)
@@ -154,15 +179,7 @@ def fit_fusion(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: floa
         return value
 
     optimiser.step(loss)
-    found = weight.detach()[:-1] / spread
-    logits = x @ found
-    order = logits.argsort(descending=True)
-    hits = y[order].cumsum(0)
-    dice = 2 * hits / (torch.arange(1, len(y) + 1, dtype=torch.float64) + y.sum())
-    last = int(dice.argmax())  # the voxels up to here make the best mask; the cut lies below the last of them
-    following = min(last + 1, len(y) - 1)
-    cut = float(logits[order[last]] + logits[order[following]]) / 2
-    return {"bias": -cut, **dict(zip(names, found.tolist(), strict=True))}
+    return dict(zip(names, (weight.detach()[:-1] / spread).tolist(), strict=True))
 
 
 def fit_fusions(maps: Mapping[str, np.ndarray], target: np.ndarray) -> dict[str, dict[str, float]]:

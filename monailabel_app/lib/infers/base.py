@@ -19,6 +19,7 @@ from zeroseg import __version__
 from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, write_mask
+from zeroseg.prompts import check_values
 
 EXTENSIONS = (".nrrd", ".nii.gz", ".nii", ".png")
 DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
@@ -79,6 +80,7 @@ class ZeroSegTask(InferTask):
     def answer(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """As a call, before a fault is told from a malformed request."""
         started = time.perf_counter()
+        check_values(request, "request")
         options = self.options(request)
         extension, dtype = self.output(request)
         entry = self.engine.open(request["image"])
