@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
 from zeroseg.errors import ZeroSegError
+from zeroseg.io import remove_unfinished
+from zeroseg.io import sole_writer as hold
 
 RECORDS = ".zeroseg-batch"
-TEMPORARY = ".zeroseg-" + "[0-9a-f]" * 16 + "*"
-"""What ``zeroseg.io.atomic_path`` calls a file it has not finished."""
 
 
 def record_path(output: Path, stem: str) -> Path:
@@ -46,27 +44,20 @@ def digest(content: Any) -> str:
 def remove_leftovers(output: Path) -> None:
     """Remove the unfinished files of processes that were killed."""
     for folder in (output, output / RECORDS):
-        for path in folder.glob(TEMPORARY):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_unfinished(folder)
 
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Hold an output folder, which is made when missing; the hold goes with the process, however that ends.
+    """Hold an output folder, made when missing, against every other run, the bundle's too; see ``zeroseg.io.sole_writer``.
 
     Raises:
         ZeroSegError: another run holds it, or the folder cannot be written to.
     """
     try:
         (output / RECORDS).mkdir(parents=True, exist_ok=True)
-        lock = open(output / RECORDS / "lock", "w")  # noqa: SIM115 - open as long as the block lasts
     except OSError as error:
         raise ZeroSegError(f"cannot write into the output folder {output}: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ZeroSegError(f"another run writes into {output}: wait for it, or give another folder") from None
+    with hold(output):
         remove_leftovers(output)
         yield

@@ -386,6 +386,7 @@ class MaisiBackbone(FrozenModel):
             "scheduler": self.config["scheduler"]["kind"],
             "spacing_mm": list(self.spacing),
             "untrained": self.untrained,
+            "overrides": self.overrides,
             "device": str(self.device),
             "dtype": self._dtype_name,
         }

@@ -7,7 +7,15 @@ from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
 from zeroseg.io.reading import Image, one_line, read_image, slice_affine
-from zeroseg.io.writing import atomic_path, sole_writer, staged, write_confidence, write_map, write_mask
+from zeroseg.io.writing import (
+    atomic_path,
+    remove_unfinished,
+    sole_writer,
+    staged,
+    write_confidence,
+    write_map,
+    write_mask,
+)
 
 __all__ = [
     "Case",
@@ -21,6 +29,7 @@ __all__ = [
     "one_line",
     "overlay_slices",
     "read_image",
+    "remove_unfinished",
     "slice_affine",
     "sole_writer",
     "staged",
