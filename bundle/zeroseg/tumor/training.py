@@ -592,26 +592,18 @@ class AdapterTrainer:
                 found[modality] = fit_fusions({name: np.concatenate(parts) for name, parts in maps.items()}, target)
         return found
 
-    def fit_presence(self, least: int = 10) -> dict[str, float]:
-        """Per modality the image logit from which on "absent" is not answered.
+    def fit_presence(self, missed: float = 0.1, least: int = 10) -> dict[str, float]:
+        """Per modality the image logit below which "absent" is answered: that share of the fusion's lesions lies there.
 
-        It is the cut with the fewest errors among the fusion's volumes, the share of lesions missed plus the share of healthy
-        volumes alarmed (Youden's index); the training, which weighs voxels, knows nothing of either. Modalities with fewer
-        than ``least`` volumes of each kind are missing.
+        A choice for whoever relies on "absent": it seldom hides a tumour, at the price of more alarms in healthy volumes;
+        ``presence`` of the inferer asks for more. Modalities with fewer than ``least`` volumes with a lesion are missing.
         """
-        logits: dict[tuple[str, bool], list[float]] = {}
+        logits: dict[str, list[float]] = {}
         for case in tqdm(self.fusion_cases, desc="presence", mininterval=10):
-            known = logits.setdefault((case.modality, _has_lesion(case)), [])
-            if len(known) < 3 * self.fusion_volumes:
+            known = logits.setdefault(case.modality, [])
+            if len(known) < 3 * self.fusion_volumes and _has_lesion(case):
                 known.append(float(self._answer(self.read(case)).image_logit))
-        found = {}
-        for modality in sorted({modality for modality, _ in logits}):
-            sick, healthy = (np.array(logits.get((modality, kind), ())) for kind in (True, False))
-            if min(len(sick), len(healthy)) >= least:
-                cuts = np.sort(np.concatenate([sick, healthy]))
-                errors = [(sick < cut).mean() + (healthy >= cut).mean() for cut in cuts]
-                found[modality] = float(cuts[int(np.argmin(errors))])
-        return found
+        return {m: float(np.quantile(known, missed)) for m, known in sorted(logits.items()) if len(known) >= least}
 
     def _fusion_voxels(self, inferer, case, rng, voxels) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(n,) values of every map at random voxels of a case's region, and whether they are tumour."""
