@@ -1,4 +1,4 @@
-"""Segmentation without a model: what a user could do with scikit-image alone, and what every result is compared with.
+"""Segmentation without a model: what a user could do with scikit-image and OpenCV, and what every result is compared with.
 
 All functions take an image (C, H, W) float in [0, 1] (``zeroseg.io.to_unit_range``) and return a bool mask (H, W).
 Those that end in ``_click`` see one click; (x, y) is (column, row) in pixels.
@@ -6,6 +6,7 @@ Those that end in ``_click`` see one click; (x, y) is (column, row) in pixels.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import torch
 from skimage.color import rgb2gray, rgb2lab
@@ -113,11 +114,43 @@ def slic_click(image: np.ndarray, x: int, y: int) -> np.ndarray:
     return _component(regions == regions[y, x], x, y)
 
 
+def _grabcut(image: np.ndarray, likely: np.ndarray, x: int, y: int) -> np.ndarray:
+    """GrabCut (Rother, Kolmogorov and Blake 2004), OpenCV's: the part of its mask that is connected to the click.
+
+    The click is surely the object, the image's border surely background, ``likely`` (H, W) bool probably the object.
+    """
+    mask = np.where(likely, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    mask[[0, -1], :] = mask[:, [0, -1]] = cv2.GC_BGD
+    mask[_around(x, y)] = cv2.GC_FGD
+    if (mask == cv2.GC_FGD).all():  # nothing left to decide
+        return np.ones(mask.shape, bool)
+    cv2.setRNGSeed(0)  # its colour models start from k-means
+    pixels = np.ascontiguousarray((_rgb(image) * 255).round().astype(np.uint8))
+    cv2.grabCut(pixels, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
+    return _component((mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD), x, y)
+
+
+def grabcut_click(image: np.ndarray, x: int, y: int) -> np.ndarray:
+    """GrabCut from a frame, as is usual: all between the border and the click is probably the object."""
+    return _grabcut(image, np.ones(image.shape[1:], bool), x, y)
+
+
+def grabcut_colour_click(image: np.ndarray, x: int, y: int) -> np.ndarray:
+    """GrabCut that starts from the mask of ``colour_click``: better than from a frame where the frame holds much else."""
+    return _grabcut(image, colour_click(image, x, y), x, y)
+
+
 AUTOMATIC = {"otsu": otsu, "kmeans2": kmeans2, "all_foreground": all_foreground}
 """Name -> function of an image."""
 
 BRIGHT = {"otsu": otsu_bright, "kmeans2": kmeans2_bright}
 """Name -> function that gives the bright class, for the oracle over the polarity of a set."""
 
-CLICKS = {"colour_click": colour_click, "random_walker_click": random_walker_click, "slic_click": slic_click}
+CLICKS = {
+    "colour_click": colour_click,
+    "grabcut_click": grabcut_click,
+    "grabcut_colour_click": grabcut_colour_click,
+    "random_walker_click": random_walker_click,
+    "slic_click": slic_click,
+}
 """Name -> function of an image and a click."""

@@ -22,11 +22,16 @@ everything foreground, one-click methods where points is run, and with --control
 weights.
 
 Dice, IoU and HD95 (95th percentile of the Hausdorff distance, in pixels) come from MONAI. An empty prediction has
-HD95 = the image's diagonal. A case's seconds are what a first answer takes: encoding the image plus this one prompt.
+HD95 = the image's diagonal. A case's seconds are what a first answer takes: encoding the image plus this one prompt; both
+also apart.
+
+Where no mask chose the object (auto, points, box, text) the confidence is judged as well (confidence.py): Spearman's
+correlation of the score with Dice, AURC (risk 1 - Dice), and how often pixels are right against how sure they are.
 
 Masks match images by file name without extension; any nonzero pixel is foreground. Written to OUT: cases.csv,
-summary.json, table.md, report.html and report.png (best, median and worst case; prediction yellow, mask blue, click
-green); for a suite one such folder per set, and table.md, table.json and report.html over all sets.
+summary.json, table.md (Dice, seconds, confidence), reliability.png, report.html and report.png (best, median and worst
+case; prediction yellow, mask blue, click green); for a suite one such folder per set, and table.md, table.json and
+report.html over all sets.
 
 With --inferer tumor, volumes are evaluated by scripts/evaluate_volumes.py, which has its own arguments:
 
@@ -36,6 +41,7 @@ With --inferer tumor, volumes are evaluated by scripts/evaluate_volumes.py, whic
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import sys
@@ -55,12 +61,13 @@ from tqdm import tqdm
 
 import _path  # noqa: F401
 from baselines import AUTOMATIC, BRIGHT, CLICKS
+from confidence import image_score, pixel_bins, reliability_diagram
 from results import (
     Parser,
     best_median_worst,
     find_pairs,
-    markdown_table,
     mean_over_sets,
+    report_tables,
     run_evaluation,
     summarise_groups,
     write_csv,
@@ -81,7 +88,7 @@ from zeroseg.io import (
     write_json,
 )
 
-COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds")
+COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds", "score")
 TRUTH_COLOR = (86, 180, 233)  # Okabe and Ito's sky blue: the overlay's second colour
 
 
@@ -228,18 +235,24 @@ def run_protocols(inferer, sample: Sample, protocols: list[str], text: str | Non
     for protocol in protocols:
         select = "segments" if protocol in ORACLES else protocol
         if select not in answers:
+            fresh = copy.copy(encoded)  # what one prompt computes and keeps must not make the next look fast
             start = time.perf_counter()
-            result = inferer.predict(encoded, select=select, **prompts.get(select, {}))
-            answers[select] = result, encode_seconds + time.perf_counter() - start
-        result, seconds = answers[select]
+            result = inferer.predict(fresh, select=select, **prompts.get(select, {}))
+            answers[select] = result, time.perf_counter() - start
+        result, prompt_seconds = answers[select]
         oracle = ORACLES.get(protocol)
         masks[protocol] = mask = oracle(result.labels, sample.truth) if oracle else result.labels > 0
-        row = {"protocol": protocol, "seconds": seconds, **score(mask, sample.truth)}
-        if protocol == "text":
-            row["absent"] = bool(result.absent)
-        rows.append(row)
+        targets = {protocol: sample.truth}
         if protocol in ("points", "box"):
-            rows.append({"protocol": f"{protocol}_component", "seconds": seconds, **score(mask, sample.component)})
+            targets[f"{protocol}_component"] = sample.component
+        for name, target in targets.items():
+            row = {"protocol": name, "encode_seconds": encode_seconds, "prompt_seconds": prompt_seconds}
+            row |= {"seconds": encode_seconds + prompt_seconds, **score(mask, target)}
+            if not oracle:
+                row |= {"score": image_score(result), "bins": pixel_bins(result, target)}
+            if protocol == "text":
+                row["absent"] = bool(result.absent)
+            rows.append(row)
     return rows, masks
 
 
@@ -330,7 +343,10 @@ def evaluate_set(name, images, masks, out, inferer, control, args, text) -> tupl
     summary = summarise_groups(rows, run)
     write_csv(out / "cases.csv", COLUMNS, [row for row in rows if not row["protocol"].startswith("polarity/")])
     write_json(out / "summary.json", summary)
-    write_text(out / "table.md", markdown_table({name: summary}))
+    write_text(out / "table.md", report_tables({name: summary}))
+    judged = {protocol: values for protocol, values in summary["protocols"].items() if "reliability" in values}
+    if judged:
+        reliability_diagram(judged, out / "reliability.png", f"{name}: confidence of pixels")
     cases = {image_case.stem: (image_case, mask_case) for image_case, mask_case in pairs}
     entries = []
     for place, row in best_median_worst([row for row in rows if row["protocol"] == shown]):
@@ -368,7 +384,7 @@ def evaluate_suite(suite: Path, out: Path, inferer, control, args) -> int:
         failures += failed
     if not summaries:
         raise ZeroSegError(f"{suite}: no set could be evaluated")
-    table = markdown_table(summaries)
+    table = report_tables(summaries)
     write_text(out / "table.md", table)
     write_json(out / "table.json", {"sets": summaries, "mean_dice": mean_over_sets(summaries)})
     contact_html(entries, out / "report.html", title="ZeroSeg: best, median and worst case of every set")
@@ -476,7 +492,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return evaluate_suite(args.suite, args.out, inferer, control, args)
     name, text = args.images.resolve().name, args.texts.get(None)
     summary, _, failures = evaluate_set(name, args.images, args.masks, args.out, inferer, control, args, text)
-    print(markdown_table({name: summary}))
+    print(report_tables({name: summary}))
     return failures
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import _path  # noqa: F401
+from confidence import summarise_confidence
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Case, atomic_path, find_cases
 
@@ -100,7 +101,8 @@ def summarise(rows: list[dict], metrics: Iterable[str] = ("dice", "iou", "hd95")
     """Means over cases, and how far to trust them.
 
     Args:
-        rows: one per case, with ``dice``, ``seconds`` and the metrics; ``absent`` is counted where it is given.
+        rows: one per case, with ``dice``, ``seconds`` and the metrics. Where they are given, ``absent`` is counted,
+            ``encode_seconds`` and ``prompt_seconds`` are averaged, and ``score`` and ``bins`` judged (``confidence.py``).
         metrics: what to average.
     """
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in metrics}
@@ -108,9 +110,13 @@ def summarise(rows: list[dict], metrics: Iterable[str] = ("dice", "iou", "hd95")
     out |= {f"{name}_std": float(values.std()) for name, values in columns.items()}
     out |= {f"{name}_median": float(np.median(values)) for name, values in columns.items()}
     out["dice_ci95"] = bootstrap_interval(columns["dice"])
-    out["seconds"] = float(np.mean([row["seconds"] for row in rows]))
+    for name in ("seconds", "encode_seconds", "prompt_seconds"):
+        if name in rows[0]:
+            out[name] = float(np.mean([row[name] for row in rows]))
     if "absent" in rows[0]:
         out["absent"] = sum(row["absent"] for row in rows)
+    if "score" in rows[0]:
+        out |= summarise_confidence(rows)
     return out
 
 
@@ -140,7 +146,7 @@ def summarise_groups(rows: list[dict], run: dict, metrics: Iterable[str] = ("dic
 def best_median_worst(rows: list[dict]) -> list[tuple[str, dict]]:
     """("best", row), ("median", row), ("worst", row) by Dice; fewer where there are fewer cases."""
     ranked = sorted(rows, key=lambda row: (-row["dice"], row["case"]))
-    places = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2}
+    places = {"median": len(ranked) // 2, "worst": len(ranked) - 1, "best": 0}
     names = {place: name for name, place in places.items()}  # a case that holds two places is shown once
     return [(name, ranked[place]) for place, name in sorted(names.items())]
 
@@ -155,23 +161,93 @@ def methods_of(summary: dict) -> dict[str, dict]:
     return flat | {f"baseline: {k}": v for k, v in summary["baselines"].items() if k != "untrained"}
 
 
+def differences(summary: dict) -> dict[str, dict]:
+    """What training is worth: the model's Dice minus its untrained control's, of every protocol both ran."""
+    control = summary["baselines"].get("untrained", {})
+    return {
+        f"trained minus untrained: {name}": {"dice": own["dice"] - control[name]["dice"]}
+        for name, own in summary["protocols"].items()
+        if name in control
+    }
+
+
 def mean_over_sets(summaries: dict[str, dict]) -> dict[str, float]:
-    """Mean Dice over sets of every method that was run on all of them."""
-    tables = [methods_of(summary) for summary in summaries.values()]
-    common = [name for name in tables[0] if all(name in table for table in tables)]
-    return {name: float(np.mean([table[name]["dice"] for table in tables])) for name in common}
+    """Mean Dice over sets of every method that was run on all of them, and the mean differences to the control."""
+    tables = [methods_of(summary) | differences(summary) for summary in summaries.values()]
+    return {name: float(np.mean([table[name]["dice"] for table in tables])) for name in _common(tables)}
+
+
+def _common(tables: list[dict[str, dict]]) -> list[str]:
+    """The methods that every table has."""
+    return [name for name in tables[0] if all(name in table for table in tables)]
 
 
 def markdown_table(summaries: dict[str, dict]) -> str:
-    """Mean Dice, a row per method and a column per set."""
-    tables = {name: methods_of(summary) for name, summary in summaries.items()}
-    methods = list(dict.fromkeys(method for table in tables.values() for method in table))
-    means = mean_over_sets(summaries)
+    """Mean Dice, a row per method and a column per set; below the control, what the trained model has over it."""
+    tables = {name: methods_of(summary) | differences(summary) for name, summary in summaries.items()}
     counts = [str(next(iter(table.values()))["n"]) for table in tables.values()]
-    lines = [["Dice", *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), ["n", *counts, ""]]
+    return _table("Dice", tables, "dice", [["n", *counts, ""]])
+
+
+def seconds_table(summaries: dict[str, dict]) -> str:
+    """Mean seconds per case, a row per method and a column per set; the model's encoding and prompt apart."""
+    tables = {}
+    for name, summary in summaries.items():
+        tables[name] = table = {}
+        for method, values in methods_of(summary).items():
+            if method.endswith("_component"):  # the same predictions, scored against less
+                continue
+            if method.startswith("baseline: ") and not method.endswith("_best_polarity"):
+                table[method] = values
+            for part in ("encode", "prompt"):
+                if f"{part}_seconds" in values:
+                    table[f"{method}: {part}"] = {"seconds": values[f"{part}_seconds"]}
+    return _table("Seconds per case", tables, "seconds")
+
+
+CONFIDENCE_COLUMNS = {
+    "Dice": lambda m: m["dice"],
+    "score": lambda m: m["score"],
+    "Spearman": lambda m: m["spearman"],
+    "AURC": lambda m: m["aurc"],
+    "best AURC": lambda m: m["aurc_best"],
+    "ECE image": lambda m: m["reliability"]["image"]["ece"],
+    "ECE mask": lambda m: m["reliability"]["mask"]["ece"],
+}
+
+
+def confidence_table(summaries: dict[str, dict]) -> str:
+    """How well the score ranks failures and pixels know their accuracy, a row per set and method; "" without scores."""
+    lines = [
+        [name, method, *(_cell(column(values)) for column in CONFIDENCE_COLUMNS.values())]
+        for name, summary in summaries.items()
+        for method, values in methods_of(summary).items()
+        if "reliability" in values
+    ]
+    if not lines:
+        return ""
+    head = [["Set", "Confidence of", *CONFIDENCE_COLUMNS], ["---"] * 2 + ["---:"] * len(CONFIDENCE_COLUMNS)]
+    return markdown_rows(head + lines)
+
+
+def report_tables(summaries: dict[str, dict]) -> str:
+    """All tables of an evaluation in Markdown."""
+    return "\n".join(filter(None, (make(summaries) for make in (markdown_table, seconds_table, confidence_table))))
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(title: str, tables: dict[str, dict[str, dict]], key: str, first: Iterable[list[str]] = ()) -> str:
+    """One number in a row per method and a column per set, with the mean where every set has the number."""
+    methods = list(dict.fromkeys(method for table in tables.values() for method in table))
+    common = _common(list(tables.values()))
+    lines = [[title, *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), *first]
     for method in methods:
-        cells = [f"{table[method]['dice']:.3f}" if method in table else "-" for table in tables.values()]
-        lines.append([method, *cells, f"{means[method]:.3f}" if method in means else "-"])
+        values = [table[method][key] if method in table else None for table in tables.values()]
+        mean = float(np.mean(values)) if method in common else None
+        lines.append([method, *map(_cell, values), _cell(mean)])
     return markdown_rows(lines)
 
 

@@ -7,12 +7,12 @@ from baselines import (
     all_foreground,
     border_rule,
     colour_click,
+    grabcut_click,
+    grabcut_colour_click,
     kmeans2,
     kmeans2_bright,
     otsu,
     otsu_bright,
-    random_walker_click,
-    slic_click,
 )
 
 
@@ -92,10 +92,17 @@ def test_constant_images_have_an_answer(shape):
     image = np.full(shape, 0.4, np.float32)
     for method in AUTOMATIC.values():
         assert method(image).shape == shape[1:]
-    for method in (colour_click, random_walker_click, slic_click):
+    for method in CLICKS.values():
         assert method(image, 0, 0)[0, 0]
 
 
 def test_same_image_same_masks(disc):
     image = paint(disc, (0.7, 0.2, 0.3), (0.4, 0.4, 0.6), noise=0.2)
     assert np.array_equal(kmeans2(image), kmeans2(image))
+    for method in (grabcut_click, grabcut_colour_click):
+        assert np.array_equal(method(image, 30, 28), method(image, 30, 28))
+
+
+def test_grabcut_smooths_what_noise_breaks_up(disc):
+    image = paint(disc, (0.7,), (0.4,), noise=0.1)
+    assert iou(grabcut_colour_click(image, 30, 28), disc) > 0.95 > iou(colour_click(image, 30, 28), disc)

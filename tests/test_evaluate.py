@@ -19,7 +19,15 @@ from evaluate import (
     run_protocols,
     score,
 )
-from results import best_median_worst, bootstrap_interval, half_of, markdown_table, summarise_groups
+from results import (
+    best_median_worst,
+    bootstrap_interval,
+    half_of,
+    markdown_table,
+    mean_over_sets,
+    seconds_table,
+    summarise_groups,
+)
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 
@@ -181,6 +189,22 @@ def test_table_has_a_mean_only_where_every_set_has_a_number(summary):
     assert "| untrained: auto | 0.100 | - | - |" in lines
 
 
+def test_training_is_worth_the_difference_to_the_control(summary):
+    other = json.loads(json.dumps(summary))
+    other["baselines"]["untrained"]["auto"]["dice"] = 0.3
+    assert "| trained minus untrained: auto | 0.400 | 0.200 | 0.300 |" in markdown_table({"a": summary, "b": other})
+    assert mean_over_sets({"a": summary, "b": other})["trained minus untrained: auto"] == pytest.approx(0.3)
+    del other["baselines"]["untrained"]
+    assert "| trained minus untrained: auto | 0.400 | - | - |" in markdown_table({"a": summary, "b": other})
+
+
+def test_seconds_stand_by_method_and_the_models_parts(summary):
+    summary["protocols"]["auto"] |= {"encode_seconds": 2.0, "prompt_seconds": 0.5}
+    lines = seconds_table({"a": summary}).splitlines()
+    assert "| auto: encode | 2.000 | 2.000 |" in lines and "| auto: prompt | 0.500 | 0.500 |" in lines
+    assert "| baseline: otsu | 1.000 | 1.000 |" in lines
+
+
 def test_best_median_and_worst_case():
     rows = rows_of("auto", 0.3, 0.9, 0.1, 0.5, 0.7)
     assert [(name, row["case"]) for name, row in best_median_worst(rows)] == [
@@ -247,6 +271,16 @@ def test_an_absent_object_is_an_empty_mask_of_dice_0(inferer, sample):
     assert (row["dice"], row["hd95"], row["absent"]) == (0, 80, True)
 
 
+def test_a_prompt_is_not_timed_with_what_another_left_behind(inferer, sample, monkeypatch):
+    kept = []
+    predict = AttentionSegmentationInferer.predict
+    monkeypatch.setattr(
+        AttentionSegmentationInferer, "predict", lambda *a, **k: kept.append(a[1]._paths) or predict(*a, **k)
+    )
+    run_protocols(inferer, sample, ["points", "auto", "box"], None)
+    assert kept == [None] * 3
+
+
 def test_the_mask_changes_nothing_but_the_prompts(inferer, sample):
     other = Sample("x", sample.image, rectangle((48, 64), 0, 0, 48, 9), rectangle((48, 64), 0, 0, 48, 9))
     _, masks = run_protocols(inferer, sample, ["auto"], None)
@@ -273,9 +307,20 @@ def test_a_folder_is_evaluated(dataset, tmp_path, tiny_pipeline, capsys):
 
     with open(out / "cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["case", "protocol", "dice", "iou", "hd95", "seconds"]
+    assert list(rows[0]) == ["case", "protocol", "dice", "iou", "hd95", "seconds", "score"]
     points = [float(row["dice"]) for row in rows if row["protocol"] == "points"]
     assert len(points) == 3 and np.mean(points) == pytest.approx(summary["protocols"]["points"]["dice"])
+    model = summary["protocols"]["points"]
+    assert model["seconds"] == pytest.approx(model["encode_seconds"] + model["prompt_seconds"])
+    assert -1 <= model["spearman"] <= 1 and model["aurc_best"] <= model["aurc"]
+    scores = [float(row["score"]) for row in rows if row["protocol"] == "points"]
+    assert np.mean(scores) == pytest.approx(model["score"])
+    assert "aurc" in summary["baselines"]["untrained"]["auto"]
+    assert "score" not in summary["protocols"]["oracle_union"]  # the mask chose, so no score of the inferer's answers
+    assert Image.open(out / "reliability.png").width > 300
+    tables = (out / "table.md").read_text()
+    assert "| trained minus untrained: points |" in tables and "| untrained: points: encode |" in tables
+    assert "| baseline: grabcut_click |" in tables.partition("Seconds per case")[2]
     page = (out / "report.html").read_text()
     assert all(f"points, {place}:" in page for place in ("best", "median", "worst"))
     assert Image.open(out / "report.png").width > 300
@@ -321,7 +366,10 @@ def test_a_suite_skips_volumes_and_makes_one_table(dataset, tmp_path, tiny_pipel
     assert "text" in table["sets"]["set"]["protocols"] and "text" not in table["sets"]["other"]["protocols"]
     assert (out / "table.md").read_text().startswith("| Dice | other | set | mean |")
     assert (out / "other" / "cases.csv").is_file()
-    assert "set, auto, best" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    places = [("set", place) for place in ("best", "median", "worst")] + [("other", "best"), ("other", "worst")]
+    assert all(f"{name}, auto, {place}: " in page for name, place in places)
+    assert page.count("<figure>") == len(places)
 
 
 def test_halves_share_no_case(dataset, tmp_path, tiny_pipeline):
