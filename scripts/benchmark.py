@@ -19,7 +19,10 @@ Every stage is timed --repeat times after one warm-up round, all stages in turn 
   merge_s            the maps -> proposals, in three iterations
   label_map_s        proposals -> labels at full size
   select_s, refine_s what the inferer reports for the chosen --select
+  second_prompt_s    a click on the encoded image; second_prompt_p95_s over 40 clicks all over it
   pipeline_s         image -> mask through AttentionSegmentationInferer, everything included
+  read_s, write_s    a PNG in; mask, confidence and overlay out, as the bundle does it, once
+  startup_*_s        with --backbone: a fresh process on the CPU has imported the package, and has its first mask
   pipeline_over_forward = pipeline_s / plain_forward_s
   pipeline_over_unet_forward = (pipeline_s - vae_encode_s) / unet_forward_s
   capture_over_forward = capture_forward_s / plain_forward_s
@@ -35,6 +38,7 @@ import ctypes
 import gc
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -47,6 +51,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from PIL import Image as PILImage
 from skimage.data import immunohistochemistry
 from skimage.transform import resize
 from torch import Tensor
@@ -58,6 +63,7 @@ from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_atten
 from zeroseg.attention.merge import anchor_indices, merge_to
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
 from zeroseg.backbones.frozen import DTYPES
+from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import versions, write_json
 
@@ -237,9 +243,16 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
         seconds["select_s"].append(result.seconds.get("select", 0.0))
         seconds["refine_s"].append(result.seconds.get("refine", 0.0))
         stage("second_prompt_s", lambda e=encoded: inferer.predict(e, select="points", points=click))
+    places = np.linspace(0.1, 0.9, 40)
+    clicks = [
+        [[round(x * (size - 1)), round(y * (size - 1))]] for x, y in zip(places, np.roll(places, 13), strict=True)
+    ]
+    again = [timed(lambda p=p, e=encoded: inferer.predict(e, select="points", points=p), device)[1] for p in clicks]
     del encoded, result
 
     figures = {name: statistics.median(values) for name, values in seconds.items()}
+    figures["second_prompt_p95_s"] = float(np.quantile(again, 0.95))
+    figures |= read_and_write(inferer, image)
     figures["plain_forward_s"] = figures["vae_encode_s"] + figures["unet_forward_s"]
     figures["capture_forward_s"] = figures["vae_encode_s"] + figures["unet_capture_s"]
     figures["capture_over_forward"] = figures["capture_forward_s"] / figures["plain_forward_s"]
@@ -268,10 +281,47 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
     return figures
 
 
+def read_and_write(inferer: AttentionSegmentationInferer, image: np.ndarray) -> dict[str, float]:
+    """Seconds that files cost in the bundle's own run of one picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "sample.png"
+        PILImage.fromarray((image.transpose(1, 2, 0) * 255).astype(np.uint8)).save(picture)
+        output = Path(folder) / "out"
+        output.mkdir()
+        runner = CaseRunner(inferer, CaseDataset(picture), output)
+        entry = runner.segment_case(runner.dataset.cases[0], {}, output)
+    return {f"{name}_s": entry["seconds"][name] for name in ("read", "write")}
+
+
+def startup(backbone: str, size: int) -> dict[str, float]:
+    """Seconds of a fresh process to the imported package, and to its first mask."""
+    code = (
+        "import sys, time; start = time.perf_counter(); sys.path.insert(0, sys.argv[1])\n"
+        "import numpy\n"
+        "from zeroseg.attention import AttentionSegmentationInferer\n"
+        "from zeroseg.backbones import StableDiffusionBackbone\n"
+        "imported = time.perf_counter(); backbone = StableDiffusionBackbone(sys.argv[2], device='cpu')\n"
+        "inferer = AttentionSegmentationInferer(backbone, resolution=int(sys.argv[3]))\n"
+        "inferer.segment(numpy.load(sys.argv[4]))\n"
+        "print(imported - start, time.perf_counter() - start)"
+    )
+    bundle = Path(__file__).resolve().parents[1] / "bundle"
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "image.npy", sample_image(size))
+        command = [sys.executable, "-c", code, bundle, backbone, size, Path(folder) / "image.npy"]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    first, last = map(float, done.stdout.split()[-2:])
+    return {"startup_import_s": first, "startup_first_mask_s": last}
+
+
 def table(figures: dict[str, float]) -> str:
-    """The figures as aligned lines."""
-    width = max(map(len, figures))
-    return "\n".join(f"{name:<{width}}  {value:>10.4g}" for name, value in figures.items())
+    """The figures as aligned lines; seconds also as a share of the plain forward pass."""
+    width, plain = max(map(len, figures)), figures["plain_forward_s"]
+    lines = [f"{'':<{width}}  {'':>10}  x plain forward"]
+    for name, value in figures.items():
+        share = f"  {value / plain:>10.3f}" if name.endswith("_s") else ""
+        lines.append(f"{name:<{width}}  {value:>10.4g}{share}")
+    return "\n".join(lines)
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         size = args.size or backbone.image_size
         inferer = AttentionSegmentationInferer(backbone, resolution=size)
         figures = measure(inferer, size, args.select, args.repeat, args.reference)
+        if args.backbone:
+            figures |= startup(args.backbone, size)
         context = {
             "backbone": args.backbone or ("tiny, random weights" if args.tiny else "SD 1.5 shape, random weights"),
             "random_weights": args.backbone is None,

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image
+from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, startup
 from zeroseg.attention import aggregate_self_attention, merge_attention
 from zeroseg.attention.merge import KLDistance, merge_to
 
 SECONDS = (
     *("plain_forward_s", "capture_forward_s", "unet_forward_s", "unet_capture_s", "vae_encode_s", "text_embed_s"),
     *("aggregate_s", "merge_s", "label_map_s", "select_s", "refine_s", "pipeline_s", "second_prompt_s"),
+    *("second_prompt_p95_s", "read_s", "write_s"),
 )
 
 
@@ -81,3 +82,8 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("benchmark.py: ") and message in error
+
+
+def test_a_fresh_process_is_timed_to_its_first_mask():
+    seconds = startup("embedded", 64)
+    assert 0 < seconds["startup_import_s"] < seconds["startup_first_mask_s"]
