@@ -86,13 +86,15 @@ class ZeroSegTask(InferTask):
         entry = self.engine.open(request["image"])
         result = self.segment(entry, options)
         if result.absent and options.get("absent") == "error":
-            wanted = options.get("text") or "the object"
-            raise ZeroSegError(f"absent: {wanted!r} was not found in this image")
+            wanted = options.get("text") or result.details.get("tumor") or "the object"
+            because = result.details.get("absent_because")
+            raise ZeroSegError(f"absent: {wanted!r} was not found in this image{f' ({because})' if because else ''}")
         dropped = keep_largest(result.labels, len(self.labels))
         compress = pick("result_compress", request.get("result_compress", True), True)
         path = write(entry.image, result.labels, extension, dtype, compress)
         seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
         backbone = self.describe_backbone()
+        notes = [*entry.image.notes, *result.details.get("notes", ())]
         return path, {
             "label_names": self.label_names(result, options),
             "centroids": {},
@@ -101,7 +103,7 @@ class ZeroSegTask(InferTask):
             "scores": [round(s, 4) for s in result.scores[: len(self.labels)]],
             "seconds": {**seconds, "total": round(time.perf_counter() - started, 4)},
             "backbone": {k: v for k, v in backbone.items() if k != "files"},
-            "notes": [*entry.image.notes, *([f"{dropped} smaller segments left out"] if dropped else [])],
+            "notes": [*notes, *([f"{dropped} smaller segments left out"] if dropped else [])],
             "details": result.details,
             "zeroseg": __version__,
         }
