@@ -11,8 +11,6 @@ from typing import Any
 
 import _path  # noqa: F401
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import remove_unfinished
-from zeroseg.io import sole_writer as hold
 
 RECORDS = ".zeroseg-batch"
 
@@ -43,6 +41,8 @@ def digest(content: Any) -> str:
 
 def remove_leftovers(output: Path) -> None:
     """Remove the unfinished files of processes that were killed."""
+    from zeroseg.io import remove_unfinished  # here, because it brings numpy along, and --help should not wait for that
+
     for folder in (output, output / RECORDS):
         remove_unfinished(folder)
 
@@ -54,6 +54,8 @@ def sole_writer(output: Path) -> Iterator[None]:
     Raises:
         ZeroSegError: another run holds it, or the folder cannot be written to.
     """
+    from zeroseg.io import sole_writer as hold
+
     try:
         (output / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,8 +20,10 @@ from monailabel.client.client import MONAILabelClient
 import dicom_series
 from dicom_series import TO_LPS, Series
 from orthanc import Orthanc, missing, orthanc
+from phantoms3d import make_volume
 from serving import Server, serving
 from zeroseg import __version__
+from zeroseg.backbones.weights import MODELS
 from zeroseg.io import find_cases, read_image
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -181,6 +183,26 @@ def test_a_dicom_seg_of_a_click_says_that_a_person_took_part(server, series, tmp
     answer = infer(server, "points", ct.uid, "dicom_seg", foreground=[ct.click], label_info=info)
     assert answer.status_code == 200, answer.text[:300]
     check(pydicom.dcmread(io.BytesIO(answer.content)), ct, labels, {1: "round mass"}, "SEMIAUTOMATIC")
+
+
+@pytest.mark.skipif(not (MODELS / "tumor").is_dir(), reason="the bundle holds no tumour model")
+def test_a_tumour_asked_for_by_words_comes_back_as_dicom_seg(server, store, tmp_path):
+    drawn = make_volume(10_000_003, ("solid",), "ct", "limb", True, 48)
+    affine = np.array([[-3.0, 0, 0, 40], [0, -3.0, 0, 25], [0, 0, 3.0, -90], [0, 0, 0, 1]])
+    values, slices = np.round(drawn.image).astype(np.int32), range(1, drawn.image.shape[2] + 1)
+    limb = dicom_series.write(tmp_path / "limb", "CT", values, affine, slices, drawn.mask)
+    store.push(limb.folder)
+    asked = {"organ": "limb", "text": "soft tissue sarcoma"}
+    labels, found_affine = mask_of(infer(server, "tumor", limb.uid, "image", **asked), tmp_path)
+    np.testing.assert_allclose(found_affine, limb.affine, atol=1e-3)
+    assert dice(labels > 0, limb.object) > 0.4
+    info = [{"name": asked["text"], "idx": 1}]
+    answer = infer(server, "tumor", limb.uid, "dicom_seg", **asked, label_info=info)
+    assert answer.status_code == 200, answer.text[:300]
+    store.store(answer.content)
+    uid = pydicom.dcmread(io.BytesIO(answer.content)).SOPInstanceUID
+    [stored] = store.instances(Modality="SEG", SOPInstanceUID=uid)
+    check(stored, limb, labels, {1: asked["text"]}, "AUTOMATIC")
 
 
 def test_a_text_is_found_on_a_radiograph(server, series, tmp_path):

@@ -366,7 +366,7 @@ def test_a_killed_driver(tiny_pipeline, tmp_path):
 
 
 def test_ctrl_c(tiny_pipeline, tmp_path):
-    images, out = draw(tmp_path / "images", 8), tmp_path / "out"
+    images, out = draw(tmp_path / "images", 80), tmp_path / "out"
     with running(tiny_pipeline, images, out) as process:
         wait_for(out, 2, process)
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

@@ -173,4 +173,4 @@ def test_role_margin_and_top_mean():
     logits = torch.log(torch.tensor([0.2, 0.5, 0.3]))
     torch.testing.assert_close(role_margin(logits, ROLES), torch.log(torch.tensor(1.0)), atol=1e-6, rtol=0)
     values = torch.arange(100.0)
-    assert top_mean(values, 0.04) == 97.5 and top_mean(values, 1e-9) == 99
+    assert top_mean(values, 4) == 97.5 and top_mean(values, 1) == 99 and top_mean(values[:2], 20) == 0.5
