@@ -7,11 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("monailabel")
 
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 
+from phantom_studies import picture
 from phantoms3d import SPACING, Volume, make_volume
 from serving import serving
 from zeroseg.backbones.weights import MODELS
@@ -41,6 +43,7 @@ def client(volume, tmp_path_factory) -> MONAILabelClient:
     studies = folder / "studies"
     studies.mkdir()
     nib.save(nib.Nifti1Image(volume.image.squeeze().astype(np.float32), AFFINE), studies / "pet.nii.gz")
+    Image.fromarray(picture()).save(studies / "photo.png")
     with serving(studies, folder) as server:
         yield MONAILabelClient(server.url, str(folder))
 
@@ -75,6 +78,27 @@ def test_other_words_need_no_new_encoding(client):
     assert "aova" in params["seconds"] and "encode" not in params["seconds"]
     _, params = client.infer("tumor", "pet", {**ASK, "organ": "elbow", "modality": "mr", "absent": "empty mask"})
     assert "encode" in params["seconds"] and any("elbow" in note for note in params["notes"])
+
+
+def test_doubts_about_the_input_are_noted(client):
+    _, params = client.infer("tumor", "pet", {**ASK, "modality": "ct", "text": "zqxv sarcoma", "absent": "empty mask"})
+    assert any("given as CT" in note for note in params["notes"])
+    assert any("does not know: zqxv" in note for note in params["notes"])
+
+
+def test_without_a_text_the_organs_usual_tumour_is_meant(client):
+    _, params = client.infer("tumor", "pet", {**ASK, "text": " ", "absent": "empty mask"})
+    assert params["details"]["tumor"] == "soft tissue sarcoma"
+    nowhere = {**ASK, "organ": "zqxv", "text": " "}
+    with pytest.raises(MONAILabelClientException) as refused:
+        client.infer("tumor", "pet", {**nowhere, "modality": "ct"})
+    assert "Status: 422" in refused.value.msg and "zqxv tumor" in refused.value.msg
+
+
+def test_a_colour_picture_is_refused_with_the_reason(client):
+    with pytest.raises(MONAILabelClientException) as refused:
+        client.infer("tumor", "photo", {**ASK, "result_extension": ".png"})
+    assert "Status: 422" in refused.value.msg and "needs a CT, MR or PET volume" in refused.value.msg
 
 
 def test_absent_says_why(client):

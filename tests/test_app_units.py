@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +11,7 @@ import pydicom
 import pytest
 import torch
 from fastapi import HTTPException
+from scipy import ndimage
 
 pytest.importorskip("monailabel")
 
@@ -18,8 +20,9 @@ from lib import dicom_seg, errors
 from lib.datastore import FolderDatastore, write_twin
 from lib.engine import ByteLimitedCache, Engine, source_of
 from lib.infers.base import keep_largest, pick, write
+from lib.infers.tumor import Tumor
 from phantom_studies import OBJECT, phantom, write_series
-from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.attention import AttentionSegmentationInferer, Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.io import find_cases, read_image
 
@@ -108,6 +111,46 @@ def test_clicks_are_answered_when_the_attention_had_to_go(tiny_backbone, disc, m
     assert not passes
     np.testing.assert_array_equal(inferer.segment(image, "segments").labels, whole["segments"].labels)
     assert len(passes) == 1
+
+
+def volume_file(folder: Path, name: str, scale: float = 1, spacing: float = 3) -> Path:
+    """A smooth random volume, 24 voxels a side."""
+    values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((24, 24, 24)), 2)
+    path = folder / f"{name}.nii.gz"
+    nib.save(nib.Nifti1Image((values * 1000 * scale).astype(np.float32), np.diag([spacing] * 3 + [1])), path)
+    return path
+
+
+def test_a_volume_is_encoded_once_for_all_words(tiny_backbone, tiny_tumor_model, tmp_path, monkeypatch):
+    from zeroseg.backbones.maisi import MaisiBackbone
+    from zeroseg.backbones.text_encoder import TextEncoder
+    from zeroseg.tumor import TumorSegmentationInferer
+
+    engine = Engine(tiny_backbone)
+    parts = MaisiBackbone(tiny_tumor_model, device="cpu"), TextEncoder(tiny_tumor_model / "text", device="cpu")
+    inferer = TumorSegmentationInferer(*parts, tiny_tumor_model, steps=2)
+    config = {"organ": "liver", "text": "", "modality": ["auto", "ct", "mr", "pet"]}
+    task = Tumor(engine, inferer, type="segmentation", labels={"tumor": 1}, description="", config=config)
+    passes, encode = [], inferer.encode
+    monkeypatch.setattr(inferer, "encode", lambda *a: passes.append(1) or encode(*a))
+
+    def ask(name: str, text: str = "liver tumour", modality: str = "ct", **file) -> Segmentation:
+        options = task.options({"text": text, "modality": modality})
+        return task.segment(engine.open(str(volume_file(tmp_path, name, **file))), options)
+
+    first, again, other = ask("a"), ask("a"), ask("same content, another file", text="hepatic metastasis")
+    assert len(passes) == 1
+    assert "encode" in first.seconds and "encode" not in again.seconds and "encode" not in other.seconds
+    np.testing.assert_array_equal(again.confidence, first.confidence)
+    assert other.details["tumor"] == "hepatic metastasis"
+    assert 0 < task.encodings.used < task.encodings.limit
+    ask("a", modality="mr")
+    ask("b", scale=2)
+    ask("c", spacing=2)
+    assert len(passes) == 4 and len(task.encodings) == 4
+    task.encodings.limit = 0
+    np.testing.assert_array_equal(ask("d", scale=3).confidence, ask("d", scale=3).confidence)
+    assert len(passes) == 6, "what is larger than the memory is encoded again"
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "a\\b", "a\0b", "a\nb", "x" * 256])

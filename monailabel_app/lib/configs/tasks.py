@@ -76,7 +76,7 @@ def tumor(engine: Engine) -> Tumor | None:
         TumorSegmentationInferer(),
         type="segmentation",
         labels={"tumor": 1},
-        description="The tumour of an organ in a CT or MR volume, or what the option text names there",
+        description="The tumour of an organ in a CT, MR or PET volume, or what the option text names there",
         config={
             "organ": "liver",
             "text": "",

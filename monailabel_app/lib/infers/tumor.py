@@ -1,15 +1,23 @@
-"""Tumour segmentation by text in CT and MR volumes (DiffuGTS), where the bundle has its weights."""
+"""Tumour segmentation by text in CT, MR and PET volumes (DiffuGTS), where the bundle has its weights."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from lib.engine import Engine, OpenImage
+import numpy as np
+
+from lib.engine import ByteLimitedCache, Engine, OpenImage
 from lib.infers.base import ZeroSegTask
 from lib.responsive import stop_if_abandoned
 from zeroseg.attention import Segmentation
 from zeroseg.cases import MODALITIES
 from zeroseg.errors import ZeroSegError
+from zeroseg.io import Image
+
+if TYPE_CHECKING:  # a bundle without a tumour model needs none of it
+    from zeroseg.tumor import EncodedVolume
 
 
 class Tumor(ZeroSegTask):
@@ -24,25 +32,31 @@ class Tumor(ZeroSegTask):
     def __init__(self, engine: Engine, inferer: Any, **rest: Any):
         super().__init__(engine, **rest)
         self.inferer = inferer
-        self._encoded: tuple[OpenImage, str | None, Any] | None = None  # the last volume; other words need no new pass
+        self.encodings: ByteLimitedCache[EncodedVolume] = ByteLimitedCache(engine.images.limit, _bytes_of_volume)
 
     def segment(self, entry: OpenImage, options: dict[str, Any]) -> Segmentation:
         image = entry.image
         if not image.is_volume:
-            raise ZeroSegError("tumour segmentation needs a CT or MR volume; for a single image use points or text")
+            raise ZeroSegError(
+                "tumour segmentation needs a CT, MR or PET volume; for a single image use points or text"
+            )
         if image.modality not in (None, *MODALITIES):
             raise ZeroSegError(f"tumour segmentation knows CT, MR and PET, not {image.modality}")
         stop_if_abandoned()
         modality = options["modality"] if options["modality"] != "auto" else MODALITIES.get(image.modality)
         tumor = options["text"].strip() or None
-        known = self._encoded
-        if known is None or known[0] is not entry or known[1] != modality:
-            self._encoded = None  # two encodings at once may be too much
-            self._encoded = entry, modality, self.inferer.encode(image.array, image.affine, modality)
-            return self.inferer.predict(self._encoded[2], options["organ"], tumor)
-        result = self.inferer.predict(known[2], options["organ"], tumor)
-        result.seconds = {stage: spent for stage, spent in result.seconds.items() if stage not in known[2].seconds}
-        return result
+        return self.inferer.predict(self.encode(image, modality), options["organ"], tumor)
+
+    def encode(self, image: Image, modality: str | None) -> EncodedVolume:
+        """``encode`` of the inferer, or its earlier answer: other words for a volume need no second pass."""
+        content = hashlib.sha256(np.ascontiguousarray(image.array)).hexdigest()
+        key = (content, image.array.shape, image.affine.tobytes(), modality)
+        known = self.encodings.get(key)
+        if known is not None:
+            return replace(known, seconds={})  # this call spends no time on it
+        encoded = self.inferer.encode(image.array, image.affine, modality)
+        self.encodings.put(key, encoded)
+        return encoded
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """The words themselves name the segment."""
@@ -50,3 +64,9 @@ class Tumor(ZeroSegTask):
 
     def describe_backbone(self) -> dict[str, Any]:
         return self.inferer.backbone.describe()
+
+
+def _bytes_of_volume(encoded: EncodedVolume) -> int:
+    adapted = sum(t.nbytes for _, piece in encoded.features.pieces for t in piece or ())
+    # Beside the volume stand its copy on the device and, once a prompt has needed it, its reconstruction.
+    return 3 * encoded.prepared.volume.nbytes + encoded.features.latent.nbytes + adapted
