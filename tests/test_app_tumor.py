@@ -92,7 +92,7 @@ def test_without_a_text_the_organs_usual_tumour_is_meant(client):
     nowhere = {**ASK, "organ": "zqxv", "text": " "}
     with pytest.raises(MONAILabelClientException) as refused:
         client.infer("tumor", "pet", {**nowhere, "modality": "ct"})
-    assert "Status: 422" in refused.value.msg and "zqxv tumor" in refused.value.msg
+    assert "Status: 422" in refused.value.msg and "zqxv tumour" in refused.value.msg
 
 
 def test_a_colour_picture_is_refused_with_the_reason(client):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
 from phantoms import make_phantom
+from phantoms3d import make_volume
 from zeroseg.attention import AttentionSegmentationInferer
-from zeroseg.backbones.weights import MODELS
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.backbones.weights import MODELS, verify_sums
+from zeroseg.tumor import TumorSegmentationInferer
 
 UNSEEN = 10_000_000  # training drew its phantoms from seeds far below
 
@@ -82,3 +88,25 @@ def test_the_embedded_files_are_small_and_listed():
     listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
     assert {p.relative_to(folder).as_posix() for p in files if p.suffix == ".safetensors"} <= listed
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+
+
+def test_the_tumour_model_is_small_and_holds_no_pickle():
+    files = [path for path in (MODELS / "tumor").rglob("*") if path.is_file()]
+    verify_sums(MODELS / "tumor")
+    assert sum(path.stat().st_size for path in files) < 60e6
+    assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
+
+
+@pytest.mark.parametrize(("modality", "least"), [("pet", 0.6), ("ct", 0.3)])
+def test_words_find_unseen_lesions_and_nonsense_does_not(modality, least):
+    """Large solid lesions in limbs, asked for with the shipped defaults."""
+    inferer = TumorSegmentationInferer(MaisiBackbone(device="cpu"), TextEncoder(device="cpu"), organ="limb")
+    drawn = (make_volume(seed, ("solid",), modality, "limb", True, 48) for seed in range(UNSEEN, UNSEEN + 100))
+    large = list(islice((volume for volume in drawn if volume.mask.mean() > 0.1), 4))
+    scores, nonsense = [], []
+    for volume in large:
+        encoded = inferer.encode(volume.image[None], np.diag([3.0, 3.0, 3.0, 1.0]), modality)
+        scores.append(dice(inferer.predict(encoded).labels > 0, volume.mask))
+        nonsense.append(inferer.predict(encoded, tumor="zqxv plomf wug").absent)
+    assert np.mean(scores) > least, scores
+    assert all(nonsense)
