@@ -35,8 +35,9 @@ class ZeroSegApp(MONAILabelApp):
         app_dir: this folder.
         studies: a folder, or the URL of a DICOMweb server.
         conf: ``backbone`` (embedded, a folder or a hub id), ``revision``, ``device``, ``dtype``, ``cache_mb`` (memory for
-            encodings and for images, each), ``threads`` (of torch), ``resolution`` (side in pixels a slice is resized to; a smaller
-            one is faster and coarser), ``bundle`` (its folder).
+            encoded slices, for encoded volumes of the tumour task and for images, each), ``threads`` (of torch),
+            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser), ``bundle`` (its
+            folder).
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]):

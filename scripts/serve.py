@@ -69,7 +69,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:0 or mps")
     parser.add_argument("--dtype", help="fp32 (default), bf16 or fp16 (GPU)")
-    parser.add_argument("--cache_mb", type=int, help="memory for encoded slices, and as much for images (default 1024)")
+    parser.add_argument(
+        "--cache_mb",
+        type=int,
+        help="memory for encoded slices, as much for images and for volumes of the tumour task (default 1024)",
+    )
     parser.add_argument("--threads", type=int, help="threads of an inference (default: torch's choice)")
     parser.add_argument(
         "--resolution", type=int, help="side in pixels a slice is resized to (default: the backbone's own)"

@@ -18,6 +18,7 @@ from pydicom.uid import (
 from scipy import ndimage
 
 from phantoms import make_phantom
+from phantoms3d import make_volume
 
 CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage, "CR": ComputedRadiographyImageStorage}
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -102,6 +103,14 @@ def cr(folder: Path) -> Series:
     flat = make_phantom(2, 160, "chest_xray").image[16:144, :, 0]
     volume = np.rint(flat.T[:, :, None] / 255.0 * 4095)
     return write(folder, "CR", volume, np.diag([-0.8, -0.6, 1.0, 1.0]))
+
+
+def limb(folder: Path) -> Series:
+    """A drawn CT of a limb with a solid soft tissue sarcoma, 3 mm voxels."""
+    drawn = make_volume(10_000_003, ("solid",), "ct", "limb", True, 48)  # a seed that training never saw
+    affine = np.array([[-3.0, 0, 0, 40], [0, -3.0, 0, 25], [0, 0, 3.0, -90], [0, 0, 0, 1]])
+    values = np.rint(drawn.image).astype(np.int32)
+    return write(folder, "CT", values, affine, range(1, values.shape[2] + 1), drawn.mask)
 
 
 def write(folder: Path, modality: str, volume: np.ndarray, affine: np.ndarray, numbers=(1,), object=None) -> Series:

@@ -21,6 +21,7 @@ import dicom_series
 from dicom_series import TO_LPS, Series
 from orthanc import missing, orthanc
 from serving import serving
+from zeroseg.backbones.weights import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = Path(__file__).parent / "browser"
@@ -224,6 +225,35 @@ def test_options_reach_the_task(visit):
     labels, _ = labels_of(step)
     assert step["params"].items() >= {"extent": "slice", "select": "auto"}.items()
     assert set(np.flatnonzero(labels.any((0, 1)))) == {visit.mr.volume.shape[2] // 2}
+
+
+@pytest.mark.skipif(not (MODELS / "tumor").is_dir(), reason="the bundle holds no tumour model")
+def test_a_tumour_asked_for_by_words_is_drawn_or_said_to_be_absent(tmp_path):
+    limb = dicom_series.limb(tmp_path / "limb")
+    sarcoma, nonsense = {"organ": "limb", "text": "soft tissue sarcoma"}, {"organ": "limb", "text": "zqxv plomf"}
+    with orthanc(tmp_path / "orthanc") as store:
+        store.push(limb.folder)
+        with serving(store.dicom_web, tmp_path / "server") as server:
+            steps = [
+                {"name": "nonsense", "run": "tumor", "options": nonsense},
+                {"name": "sarcoma", "run": "tumor", "options": sarcoma},
+            ]
+            scenario = {
+                "server": server.url,
+                "chromium": chromium(),
+                "folder": str(ARTIFACTS),
+                "studies": [{"name": "limb", "uid": limb.study, "steps": steps}],
+            }
+            report = drive(scenario, tmp_path)
+    absent, found = report["studies"][0]["steps"]
+    assert absent["status"] == 422 and not labels_of(absent)[0].any()
+    assert nonsense["text"] in absent["notice"] and "knows none of the words" in absent["notice"]
+    labels, affine = labels_of(found)
+    assert found["status"] == 200 and found["params"].items() >= sarcoma.items()
+    np.testing.assert_allclose(affine, limb.affine, atol=1e-3)
+    assert len(np.unique(labels)) == 2 and dice(labels > 0, limb.object) > 0.4
+    assert all(found["coloured"][name] > 100 for name in ("mpr-axial", "mpr-sagittal", "mpr-coronal"))
+    assert report["errors"] == []
 
 
 def test_the_screenshot_for_the_readme(visit):

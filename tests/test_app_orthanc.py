@@ -20,7 +20,6 @@ from monailabel.client.client import MONAILabelClient
 import dicom_series
 from dicom_series import TO_LPS, Series
 from orthanc import Orthanc, missing, orthanc
-from phantoms3d import make_volume
 from serving import Server, serving
 from zeroseg import __version__
 from zeroseg.backbones.weights import MODELS
@@ -187,10 +186,7 @@ def test_a_dicom_seg_of_a_click_says_that_a_person_took_part(server, series, tmp
 
 @pytest.mark.skipif(not (MODELS / "tumor").is_dir(), reason="the bundle holds no tumour model")
 def test_a_tumour_asked_for_by_words_comes_back_as_dicom_seg(server, store, tmp_path):
-    drawn = make_volume(10_000_003, ("solid",), "ct", "limb", True, 48)
-    affine = np.array([[-3.0, 0, 0, 40], [0, -3.0, 0, 25], [0, 0, 3.0, -90], [0, 0, 0, 1]])
-    values, slices = np.round(drawn.image).astype(np.int32), range(1, drawn.image.shape[2] + 1)
-    limb = dicom_series.write(tmp_path / "limb", "CT", values, affine, slices, drawn.mask)
+    limb = dicom_series.limb(tmp_path / "limb")
     store.push(limb.folder)
     asked = {"organ": "limb", "text": "soft tissue sarcoma"}
     labels, found_affine = mask_of(infer(server, "tumor", limb.uid, "image", **asked), tmp_path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import islice
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from phantoms import make_phantom
-from phantoms3d import make_volume
+from phantoms3d import SPACING, make_volume
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
@@ -92,7 +96,8 @@ def test_the_embedded_files_are_small_and_listed():
 
 def test_the_tumour_model_is_small_and_holds_no_pickle():
     files = [path for path in (MODELS / "tumor").rglob("*") if path.is_file()]
-    verify_sums(MODELS / "tumor")
+    sums = (MODELS / "tumor" / "SHA256SUMS").read_text().splitlines()
+    assert verify_sums(MODELS / "tumor").keys() <= {line.split("  ")[1] for line in sums}
     assert sum(path.stat().st_size for path in files) < 60e6
     assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
 
@@ -110,3 +115,27 @@ def test_words_find_unseen_lesions_and_nonsense_does_not(modality, least):
         nonsense.append(inferer.predict(encoded, tumor="zqxv plomf wug").absent)
     assert np.mean(scores) > least, scores
     assert all(nonsense)
+
+
+def test_the_tumour_bundle_as_a_user_starts_it(tmp_path):
+    """One lesion, asked for by its words and by nonsense; weights and settings are those of the config."""
+    drawn = make_volume(UNSEEN + 3, ("solid",), "pet", "limb", True, 48)
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    scan = nib.Nifti1Image(drawn.image.astype(np.float32), np.diag([SPACING] * 3 + [1]))
+    asked = {"organ": "limb", "tumor": "soft tissue sarcoma", "modality": "pet"}
+    prompts = {"lesion": asked, "nonsense": {**asked, "tumor": "zqxv plomf wug"}}
+    for name in prompts:
+        nib.save(scan, images / f"{name}.nii.gz")
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    bundle = MODELS.parent
+    command = [sys.executable, "-m", "monai.bundle", "run", "--bundle_root", bundle]
+    command += ["--config_file", bundle / "configs" / "inference_tumor.yaml", "--dataset_dir", images]
+    command += ["--output_dir", out, "--prompts", tmp_path / "prompts.json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    cases = {case["case"]: case for case in json.loads((out / "manifest.json").read_text())["cases"]}
+    masks = {name: np.asarray(nib.load(out / f"{name}_seg.nii.gz").dataobj) > 0 for name in prompts}
+    assert not cases["lesion"]["absent"] and dice(masks["lesion"], drawn.mask) > 0.3
+    assert cases["nonsense"]["absent"] and not masks["nonsense"].any()
+    assert "knows none of the words" in cases["nonsense"]["details"]["absent_because"]

@@ -1,6 +1,6 @@
 """One frozen model for all tasks and all viewers, and what it has already seen.
 
-An image is read once and a slice goes through the backbone once; clicks and texts on it are answered from memory. Both caches
+An image is read once and a slice goes through the backbone once; clicks and texts on it are answered from memory. All caches
 forget the least recently used first and stay below a limit in bytes.
 """
 
