@@ -254,6 +254,8 @@ def running(tiny_pipeline: Path, images: Path, out: Path, *options: object) -> I
         text=True,
         env=environment,
         start_new_session=True,
+        # A shell's background jobs, as tests may be, ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             yield process

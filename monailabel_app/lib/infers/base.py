@@ -86,7 +86,7 @@ class ZeroSegTask(InferTask):
         entry = self.engine.open(request["image"])
         result = self.segment(entry, options)
         if result.absent and options.get("absent") == "error":
-            wanted = options.get("text", "").strip() or result.details.get("tumor") or "the object"
+            wanted = str(options.get("text") or "").strip() or result.details.get("tumor") or "the object"
             because = result.details.get("absent_because")
             raise ZeroSegError(f"absent: {wanted!r} was not found in this image{f' ({because})' if because else ''}")
         dropped = keep_largest(result.labels, len(self.labels))
