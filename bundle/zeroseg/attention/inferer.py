@@ -17,7 +17,7 @@ from zeroseg.attention.features import feature_affinity
 from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
-from zeroseg.attention.refine import upsample
+from zeroseg.attention.refine import Upsampler
 from zeroseg.attention.segmentation import Segmentation
 from zeroseg.attention.text import TextProbe, check_prompt
 from zeroseg.backbones import StableDiffusionBackbone
@@ -49,6 +49,7 @@ class EncodedImage:
     _distance: KLDistance | None = None
     _paths: TokenPaths | None = None
     _probe: TextProbe | None = None
+    _upsamplers: dict[str, Upsampler] = field(default_factory=dict)
 
     @property
     def side(self) -> int:
@@ -68,6 +69,12 @@ class EncodedImage:
         if self._paths is None:
             self._paths = TokenPaths(self.distance)
         return self._paths
+
+    def upsample(self, maps: Tensor, refine: str) -> Tensor:
+        """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
+        if refine not in self._upsamplers:
+            self._upsamplers[refine] = Upsampler(self.image, self.side, refine)
+        return self._upsamplers[refine](maps.view(-1, self.side, self.side))
 
 
 class AttentionSegmentationInferer(Inferer):
@@ -304,7 +311,7 @@ class AttentionSegmentationInferer(Inferer):
             salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
             owner = posterior.argmax(0)
         with timed(seconds, "refine"):
-            posterior = upsample(posterior.view(-1, side, side), encoded.image, self.refine).clamp(0, 1)
+            posterior = encoded.upsample(posterior, self.refine).clamp(0, 1)
             top = posterior.topk(min(2, len(posterior)), dim=0)
             labels = top.indices[0].cpu().numpy()
             margin = top.values[0] - (top.values[1] if len(posterior) > 1 else 0)
@@ -332,7 +339,7 @@ class AttentionSegmentationInferer(Inferer):
         seeds = [self._pixel(encoded, c) for c, k in zip(clicks, kinds, strict=True) if k]
         allowed = self._inside(encoded, corners)
         with timed(seconds, "refine"):
-            full = upsample(torch.stack(maps).view(-1, side, side), encoded.image, self.refine).cpu().numpy()
+            full = encoded.upsample(torch.stack(maps), self.refine).cpu().numpy()
         if unwanted:
             allowed = (full[0] > full[1]) & (True if allowed is None else allowed)
             for c, k in zip(
@@ -350,11 +357,10 @@ class AttentionSegmentationInferer(Inferer):
                 frame, paths = self._surroundings(corners, encoded.size, side), None
             relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device), paths)
         with timed(seconds, "refine"):
-            full = upsample(relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
+            full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
 
     def _text(self, encoded, text: str, seconds) -> Segmentation:
-        side = encoded.side
         with timed(seconds, "text"):
             if encoded._probe is None:
                 encoded._probe = TextProbe(
@@ -372,7 +378,7 @@ class AttentionSegmentationInferer(Inferer):
             confidence = np.full(encoded.size, sure, np.float32)
             return Segmentation(empty, confidence, [], "text", True, seconds, details)
         with timed(seconds, "refine"):
-            full = upsample(evidence.relevance.view(1, side, side), encoded.image, self.refine)[0].cpu().numpy()
+            full = encoded.upsample(evidence.relevance[None], self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, "text", seconds, None, None, details)
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
@@ -385,7 +391,7 @@ class AttentionSegmentationInferer(Inferer):
     def _cut(self, encoded, relevance, rule, seconds, seeds, allowed, details=None) -> Segmentation:
         with timed(seconds, "cut"):
             if seeds:
-                mask, threshold = rules.cut(relevance, encoded.image.cpu().numpy(), seeds, allowed)
+                mask, threshold = rules.cut(relevance, seeds, allowed)
             else:
                 mask, threshold = rules.split(relevance, allowed)
             # How far a pixel's relevance lies from the threshold, as a share of the room there is on its side.

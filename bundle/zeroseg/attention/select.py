@@ -22,7 +22,9 @@ FRAME_TOKENS = 64
 JUDGED_SIZE = 256
 """Pixels a side at which thresholds are compared."""
 EDGE_SCALE = 3 / 256
-"""Gaussian scale of the edges a contour is compared with, as a share of the image's longer side."""
+"""Gaussian scale at which steepness is measured, as a share of the image's longer side."""
+REACH = 2.0
+"""Geodesic distance at which a click's relevance has fallen to 1/e, in mean distances of the image."""
 
 
 def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
@@ -34,10 +36,11 @@ def token_at(x: float, y: float, size: tuple[int, int], side: int) -> int:
 
 
 def click_relevance(paths: TokenPaths, tokens: list[int]) -> Tensor:
-    """How easily every token is reached from the clicked ones: exp(-d / mean d), the best over the clicks.
+    """How easily every token is reached from the clicked ones: exp(-d / (REACH x mean d)), the best over the clicks.
 
     d is the geodesic distance over the attention: a click means the thing under it, not everything of its kind. How far
-    tokens lie apart depends on the model and the image by orders of magnitude; the mean takes that out.
+    tokens lie apart depends on the model and the image by orders of magnitude; the mean takes that out. A longer reach
+    favours the larger of several nested objects, because ``cut`` looks for the steepest fall.
 
     Args:
         paths: through the image's attention.
@@ -47,7 +50,7 @@ def click_relevance(paths: TokenPaths, tokens: list[int]) -> Tensor:
         (N,) in [0, 1]; 1 at a clicked token.
     """
     away = paths(tokens)
-    return torch.exp(-away / away.mean(1, keepdim=True).clamp_min(1e-12)).amax(0)
+    return torch.exp(-away / (REACH * away.mean(1, keepdim=True)).clamp_min(1e-12)).amax(0)
 
 
 def frame_relevance(distance: KLDistance, frame: Tensor, paths: TokenPaths | None = None) -> Tensor:
@@ -90,84 +93,78 @@ def border_tokens(side: int, width: int = 1) -> Tensor:
     return frame.flatten()
 
 
-def edge_strength(image: np.ndarray, scale: float) -> np.ndarray:
-    """Gradient magnitude of an image's channels together, at a Gaussian scale in pixels.
-
-    Args:
-        image: (C, H, W) or (H, W).
-
-    Returns:
-        (H, W) float32, mean 1 unless the image is flat.
-    """
-    channels = image[None] if image.ndim == 2 else image
-    edges = np.sqrt(sum(ndimage.gaussian_gradient_magnitude(c, scale) ** 2 for c in channels))
-    return (edges / max(float(edges.mean()), 1e-12)).astype(np.float32)
-
-
 def cut(
     relevance: np.ndarray,
-    image: np.ndarray,
-    seeds: list[tuple[int, int]] | None = None,
+    seeds: list[tuple[int, int]],
     allowed: np.ndarray | None = None,
     levels: int = 32,
 ) -> tuple[np.ndarray, float]:
-    """Threshold a relevance map where its contour fits best.
+    """Threshold a relevance map where its contour fits best, and keep what is connected to the seeds.
 
-    An object's edge is where relevance falls fastest and where the image changes, and an object rarely fills the image's
-    frame. So of many thresholds the one is taken that maximises: mean steepness of the relevance along the contour x mean
-    strength of the image's edges along it x share of the frame left free. With seeds, only the connected parts that hold
-    a seed count. Large images are judged at 256 pixels a side and cut at full size.
+    An object's edge is where relevance falls fastest, and an object rarely fills the image's frame. So of many thresholds
+    the one is taken that maximises: mean steepness of the relevance along the contour x share of the frame left free. Large
+    images are judged at 256 pixels a side and cut at full size.
 
     Args:
         relevance: (H, W) float.
-        image: (C, H, W) of the same size, any range.
-        seeds: (row, column) pixels that must be inside, or None for every part of the image.
+        seeds: (row, column) pixels that must be inside; at least one.
         allowed: (H, W) bool, pixels the mask may use.
         levels: thresholds tried of each kind: evenly spaced values, and quantiles of the relevance.
 
     Returns:
-        (H, W) bool mask, possibly empty, and the threshold taken.
+        (H, W) bool mask, never empty, and the threshold taken.
     """
     step = -(-max(relevance.shape) // JUDGED_SIZE)
     small = relevance[::step, ::step]
-    inside = None if allowed is None else allowed[::step, ::step]
-    at = [(r // step, c // step) for r, c in seeds] if seeds else None
-    scale = EDGE_SCALE * max(small.shape)
-    fit = edge_strength(small, scale), edge_strength(image[:, ::step, ::step], scale)
-    low = float(np.quantile(small, 0.02))
-    high = float(min(small[s] for s in at)) if at else float(small.max())
+    mask = np.ones(small.shape, bool) if allowed is None else allowed[::step, ::step]
+    at = [(r // step, c // step) for r, c in seeds]
+    steepness = ndimage.gaussian_gradient_magnitude(small, EDGE_SCALE * max(small.shape))
+    sides = np.zeros(small.shape, np.uint8)  # how many of the image's four sides a pixel lies on
+    for side in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        sides[side] += 1
+    frame = int(sides.sum())
+    least, most = MIN_AREA * small.size, MAX_AREA * small.size
+    low, high = float(np.quantile(small, 0.02)), float(min(small[s] for s in at))
     thresholds = np.concatenate(
         [np.linspace(low, high, levels + 2)[1:-1], np.quantile(small[small <= high], np.linspace(0.05, 0.995, levels))]
     )
-    best_score, best_threshold, sizes = -1.0, None, set()
-    for threshold in np.unique(thresholds):
-        mask = small >= threshold
-        if inside is not None:
-            mask &= inside
-        if at:
-            mask = keep_seeded(mask, at)
+    best_score, best_threshold, last = -1.0, None, 0
+    for threshold in np.unique(
+        thresholds
+    ):  # rising: each mask lies in the last one, so only its bounding box is searched
+        mask = keep_seeded(mask & (small >= threshold), at)
         size = np.count_nonzero(mask)
-        if size in sizes or not MIN_AREA * mask.size <= size <= MAX_AREA * mask.size:
+        if size < least:
+            break
+        window = _bounding_window(mask)
+        mask, small, steepness, sides = mask[window], small[window], steepness[window], sides[window]
+        at = [(r - window[0].start, c - window[1].start) for r, c in at]
+        if size > most or size == last:
             continue
-        sizes.add(size)
+        last = size
         contour = mask & ~_eroded(mask)
         if not contour.any():
             continue
-        frame = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-        score = float(fit[0][contour].mean() * fit[1][contour].mean() * (1 - frame))
+        score = float(steepness[contour].mean() * (1 - sides[mask].sum() / frame))
         if score > best_score:
             best_score, best_threshold = score, float(threshold)
-    if best_threshold is None:  # nothing stands out: the clicked pixels alone, or nothing, is the honest answer
+    if best_threshold is None:  # nothing stands out: the clicked pixels alone are the honest answer
         mask = np.zeros(relevance.shape, bool)
-        for seed in seeds or ():
+        for seed in seeds:
             mask[seed] = True
         return mask, high
     mask = relevance >= best_threshold
     if allowed is not None:
         mask &= allowed
-    for seed in seeds or ():  # at full size the guided filter may put a clicked pixel just below the threshold
+    for seed in seeds:  # at full size the guided filter may put a clicked pixel just below the threshold
         mask[seed] = True
-    return keep_seeded(mask, seeds) if seeds else mask, best_threshold
+    return keep_seeded(mask, seeds), best_threshold
+
+
+def _bounding_window(mask: np.ndarray) -> tuple[slice, slice]:
+    """A mask's bounding box, and one free pixel around it where there is room."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return np.s_[max(0, rows[0] - 1) : rows[-1] + 2, max(0, columns[0] - 1) : columns[-1] + 2]
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
