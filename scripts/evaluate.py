@@ -7,9 +7,10 @@
 Protocols that a user could run, because no mask takes part in the choice of the object:
   auto     the label-free rule
   points   ONE positive click: the innermost point of the largest component of the mask
+  anywhere one positive click at a random pixel of that component, the same in every run: how much it matters where one clicks
   box      the tight bounding box of that component
   text     the prompt of --text; the answer "absent" is an empty mask and scores Dice 0
-Click and box ask for one component but are scored against the whole mask; the rows points_component and box_component
+Clicks and box ask for one component but are scored against the whole mask; the rows *_component
 score the same predictions against that component alone (what counts where a mask holds many objects, such as nuclei).
 
 Upper bounds, because the mask chooses among the segments:
@@ -42,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import inspect
 import json
 import sys
@@ -108,6 +110,14 @@ def innermost_point(component: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
+def any_point(component: np.ndarray, stem: str) -> tuple[int, int]:
+    """(x, y) of a pixel drawn evenly by a hash of the case's name; two pixels or more from the boundary where there are such."""
+    depth = ndimage.distance_transform_edt(np.pad(component, 1))[1:-1, 1:-1]
+    candidates = np.argwhere(depth >= min(2.0, float(depth.max())))
+    y, x = candidates[int(hashlib.sha256(f"click {stem}".encode()).hexdigest(), 16) % len(candidates)]
+    return int(x), int(y)
+
+
 def bounding_box(component: np.ndarray) -> list[int]:
     """[x0, y0, x1, y1] of the outermost pixels, both included; two pixels wide at least, as a box must be."""
     corners = []
@@ -160,7 +170,6 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "oracle_single": oracle_single,
     "hungarian": hungarian,
 }
-PROTOCOLS = (*ORACLES, "auto", "points", "box", "text")
 
 
 # Numbers.
@@ -198,6 +207,14 @@ class Sample:
     component: np.ndarray
 
 
+CLICKED: dict[str, Callable[[Sample], tuple[int, int]]] = {
+    "points": lambda sample: innermost_point(sample.component),
+    "anywhere": lambda sample: any_point(sample.component, sample.stem),
+}
+"""Protocol -> its click (x, y)."""
+PROTOCOLS = (*ORACLES, "auto", *CLICKED, "box", "text")
+
+
 def load_sample(image_case: Case, mask_case: Case) -> Sample:
     """Read one pair.
 
@@ -225,25 +242,22 @@ def run_protocols(inferer, sample: Sample, protocols: list[str], text: str | Non
     start = time.perf_counter()
     encoded = inferer.encode(sample.image)
     encode_seconds = time.perf_counter() - start
-    prompts = {
-        "auto": {},
-        "points": {"points": [list(innermost_point(sample.component))], "labels": [1]},
-        "box": {"box": bounding_box(sample.component)},
-        "text": {"text": text},
-    }
+    prompts = {name: {"points": [list(click(sample))], "labels": [1]} for name, click in CLICKED.items()}
+    prompts |= {"box": {"box": bounding_box(sample.component)}, "text": {"text": text}}
     rows, masks, answers = [], {}, {}
     for protocol in protocols:
-        select = "segments" if protocol in ORACLES else protocol
-        if select not in answers:
+        asked = "segments" if protocol in ORACLES else protocol
+        if asked not in answers:
             fresh = copy.copy(encoded)  # what one prompt computes and keeps must not make the next look fast
             start = time.perf_counter()
-            result = inferer.predict(fresh, select=select, **prompts.get(select, {}))
-            answers[select] = result, time.perf_counter() - start
-        result, prompt_seconds = answers[select]
+            select = "points" if protocol in CLICKED else asked
+            result = inferer.predict(fresh, select=select, **prompts.get(protocol, {}))
+            answers[asked] = result, time.perf_counter() - start
+        result, prompt_seconds = answers[asked]
         oracle = ORACLES.get(protocol)
         masks[protocol] = mask = oracle(result.labels, sample.truth) if oracle else result.labels > 0
         targets = {protocol: sample.truth}
-        if protocol in ("points", "box"):
+        if protocol in CLICKED or protocol == "box":
             targets[f"{protocol}_component"] = sample.component
         for name, target in targets.items():
             row = {"protocol": name, "encode_seconds": encode_seconds, "prompt_seconds": prompt_seconds}
@@ -256,27 +270,29 @@ def run_protocols(inferer, sample: Sample, protocols: list[str], text: str | Non
     return rows, masks
 
 
-def run_baselines(sample: Sample, click: bool) -> list[dict]:
-    """Rows of every method that needs no model, one-click ones only on request."""
+def run_baselines(sample: Sample, protocols: list[str]) -> list[dict]:
+    """Rows of every method that needs no model; one-click ones with the click of each such protocol."""
     rows = []
     for name, method in AUTOMATIC.items():
-        start = time.perf_counter()
-        mask = method(sample.image)
-        seconds = time.perf_counter() - start
+        mask, seconds = _timed(method, sample.image)
         rows.append({"protocol": f"baseline/{name}", "seconds": seconds, **score(mask, sample.truth)})
     for name, method in BRIGHT.items():
-        start = time.perf_counter()
-        bright = method(sample.image)
-        seconds = time.perf_counter() - start
+        bright, seconds = _timed(method, sample.image)
         for side, mask in (("bright", bright), ("dark", ~bright)):
             rows.append({"protocol": f"polarity/{name}_{side}", "seconds": seconds, **score(mask, sample.truth)})
-    for name, method in CLICKS.items() if click else ():
-        start = time.perf_counter()
-        mask = method(sample.image, *innermost_point(sample.component))
-        seconds = time.perf_counter() - start
-        for suffix, target in (("", sample.truth), ("_component", sample.component)):
-            rows.append({"protocol": f"baseline/{name}{suffix}", "seconds": seconds, **score(mask, target)})
+    for name, method in CLICKS.items():
+        for protocol in [p for p in CLICKED if p in protocols]:
+            mask, seconds = _timed(method, sample.image, *CLICKED[protocol](sample))
+            full = f"baseline/{name}" if protocol == "points" else f"baseline/{name}_{protocol}"
+            for suffix, target in (("", sample.truth), ("_component", sample.component)):
+                rows.append({"protocol": full + suffix, "seconds": seconds, **score(mask, target)})
     return rows
+
+
+def _timed(method: Callable, *arguments) -> tuple[np.ndarray, float]:
+    """What a method returns, and its seconds."""
+    start = time.perf_counter()
+    return method(*arguments), time.perf_counter() - start
 
 
 # Reports.
@@ -284,7 +300,7 @@ def run_baselines(sample: Sample, click: bool) -> list[dict]:
 
 def overlay(sample: Sample, mask: np.ndarray, protocol: str) -> PILImage.Image:
     """The image with the prediction (yellow), the mask (blue, just outside of it) and the prompt."""
-    prompt = {"points": [innermost_point(sample.component)]} if protocol == "points" else {}
+    prompt = {"points": [CLICKED[protocol](sample)]} if protocol in CLICKED else {}
     prompt = {"box": bounding_box(sample.component)} if protocol == "box" else prompt
     picture = draw_overlay(sample.image, mask.astype(np.uint8), **prompt)
     truth = np.asarray(PILImage.fromarray(sample.truth).resize(picture.size, PILImage.Resampling.NEAREST))
@@ -318,7 +334,7 @@ def evaluate_set(name, images, masks, out, inferer, control, args, text) -> tupl
             if control is not None:
                 controls, _ = run_protocols(control, sample, protocols, text)
                 case_rows += [row | {"protocol": f"untrained/{row['protocol']}"} for row in controls]
-            case_rows += run_baselines(sample, click="points" in protocols)
+            case_rows += run_baselines(sample, protocols)
         except ZeroSegError as error:
             failed.append({"case": image_case.stem, "error": str(error)})
             tqdm.write(f"{name}: {image_case.stem} failed: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from PIL import Image
 from evaluate import (
     PROTOCOLS,
     Sample,
+    any_point,
     bounding_box,
     hungarian,
     innermost_point,
@@ -63,6 +64,15 @@ def test_click_is_the_innermost_point_of_an_l_shape():
 def test_click_ties_go_to_the_first_in_row_major_order_and_the_edge_counts_as_boundary():
     assert innermost_point(rectangle((20, 20), 2, 3, 6, 15)) == (4, 3)
     assert innermost_point(np.ones((9, 9), bool)) == (4, 4)
+
+
+def test_a_click_anywhere_is_inside_and_the_same_in_every_run():
+    shape = rectangle((40, 50), 5, 5, 30, 40)
+    points = {any_point(shape, f"case {i}") for i in range(200)}
+    assert points == {any_point(shape, f"case {i}") for i in range(200)}
+    x, y = np.array(sorted(points)).T
+    assert (x.min(), x.max(), y.min(), y.max()) == (6, 38, 6, 28)  # all over it, two pixels from the boundary
+    assert any_point(rectangle((9, 9), 4, 0, 5, 9), "thin")[1] == 4
 
 
 def test_largest_component_is_one_four_connected_part():
@@ -256,6 +266,8 @@ def test_prompts_reach_the_inferer_as_defined_and_the_image_is_encoded_once(infe
     assert len(calls) == 1
     encoded = inferer.encode(sample.image)
     click = inferer.predict(encoded, select="points", points=[list(innermost_point(sample.component))])
+    somewhere = inferer.predict(encoded, select="points", points=[list(any_point(sample.component, "x"))])
+    assert np.array_equal(masks["anywhere"], somewhere.labels > 0)
     box = inferer.predict(encoded, select="box", box=[12, 10, 39, 29])
     assert np.array_equal(masks["points"], click.labels > 0)
     assert np.array_equal(masks["box"], box.labels > 0)
@@ -277,8 +289,8 @@ def test_a_prompt_is_not_timed_with_what_another_left_behind(inferer, sample, mo
     monkeypatch.setattr(
         AttentionSegmentationInferer, "predict", lambda *a, **k: kept.append(a[1]._paths) or predict(*a, **k)
     )
-    run_protocols(inferer, sample, ["points", "auto", "box"], None)
-    assert kept == [None] * 3
+    run_protocols(inferer, sample, ["points", "anywhere", "auto", "box"], None)
+    assert kept == [None] * 4
 
 
 def test_the_mask_changes_nothing_but_the_prompts(inferer, sample):

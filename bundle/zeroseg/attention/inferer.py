@@ -49,7 +49,7 @@ class EncodedImage:
     _distance: KLDistance | None = None
     _paths: TokenPaths | None = None
     _probe: TextProbe | None = None
-    _upsamplers: dict[str, Upsampler] = field(default_factory=dict)
+    _upsampler: tuple[str, Upsampler] | None = None
 
     @property
     def side(self) -> int:
@@ -72,9 +72,9 @@ class EncodedImage:
 
     def upsample(self, maps: Tensor, refine: str) -> Tensor:
         """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
-        if refine not in self._upsamplers:
-            self._upsamplers[refine] = Upsampler(self.image, self.side, refine)
-        return self._upsamplers[refine](maps.view(-1, self.side, self.side))
+        if self._upsampler is None or self._upsampler[0] != refine:
+            self._upsampler = refine, Upsampler(self.image, self.side, refine)
+        return self._upsampler[1](maps.view(-1, self.side, self.side))
 
 
 class AttentionSegmentationInferer(Inferer):
