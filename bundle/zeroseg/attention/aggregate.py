@@ -60,7 +60,7 @@ def aggregate_self_attention(maps: Sequence[Tensor], resolution: int | None = No
         attention = layers[0] if len(layers) == 1 else torch.stack(layers).mean(0)
         weight = side / sum(by_side)
         if side == target:
-            total.add_(attention / attention.sum(-1, keepdim=True), alpha=weight)
+            total.addcdiv_(attention, attention.sum(-1, keepdim=True), value=weight)
             continue
         keys = _resize(attention.view(-1, 1, side, side), target).flatten(1)
         keys = keys * (weight / keys.sum(-1, keepdim=True))
