@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from zeroseg.attention import select as rules
 from zeroseg.attention.geodesic import TokenPaths
@@ -115,6 +116,25 @@ def test_cut_of_a_large_image_is_at_full_size(square):
     truth = np.kron(square, np.ones((40, 40), bool))
     assert mask.shape == (640, 640)
     assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.93
+
+
+@pytest.mark.parametrize("seeds", [[(40, 50)], [(3, 3), (70, 20)]])
+def test_cut_searches_as_if_it_saw_the_whole_image_at_every_threshold(seeds):
+    relevance = ndimage.gaussian_filter(np.random.default_rng(7).random((90, 80)), 5)
+    for seed in seeds:
+        relevance += 0.2 * np.exp(-((np.indices((90, 80)) - np.reshape(seed, (2, 1, 1))) ** 2).sum(0) / 300)
+    mask, threshold = rules.cut(relevance, seeds)
+    steepness = ndimage.gaussian_gradient_magnitude(relevance, rules.EDGE_SCALE * 90)
+
+    def worth(level):
+        inside = rules.keep_seeded(relevance >= level, seeds)
+        contour = inside & ~ndimage.binary_erosion(inside, border_value=1)
+        edges = np.concatenate([inside[0], inside[-1], inside[:, 0], inside[:, -1]])
+        return steepness[contour].mean() * (1 - edges.mean())
+
+    assert np.array_equal(mask, rules.keep_seeded(relevance >= threshold, seeds))
+    levels = np.linspace(np.quantile(relevance, 0.02), min(relevance[s] for s in seeds), 34)[1:-1]
+    assert worth(threshold) >= max(worth(level) for level in levels) - 1e-9
 
 
 def test_split_separates_two_classes_and_survives_a_constant():

@@ -129,9 +129,8 @@ def cut(
         [np.linspace(low, high, levels + 2)[1:-1], np.quantile(small[small <= high], np.linspace(0.05, 0.995, levels))]
     )
     best_score, best_threshold, last = -1.0, None, 0
-    for threshold in np.unique(
-        thresholds
-    ):  # rising: each mask lies in the last one, so only its bounding box is searched
+    for threshold in np.unique(thresholds):
+        # They rise: each mask lies in the last one, so only that one's bounding box is searched.
         mask = keep_seeded(mask & (small >= threshold), at)
         size = np.count_nonzero(mask)
         if size < least:
