@@ -207,17 +207,22 @@ def test_the_server_answers_while_it_infers(server):
 
 def test_a_client_that_leaves_frees_the_server(server):
     """The long job of a client that has gone stops at the next slice; else the click behind it would wait for all of them."""
+
+    def segment(max_segments: int, **options) -> float:
+        params = {"params": json.dumps({"max_segments": max_segments})}
+        start = time.perf_counter()
+        answer = requests.post(f"{server.url}/infer/segments?image=long&output=json", data=params, **options)
+        assert answer.status_code == 200
+        return time.perf_counter() - start
+
+    whole = segment(14)
     with pytest.raises(requests.exceptions.ReadTimeout):
-        requests.post(
-            f"{server.url}/infer/segments?image=long&output=json",
-            data={"params": json.dumps({"max_segments": 15})},
-            timeout=1,
-        )
+        segment(15, timeout=whole / 10)
     start = time.perf_counter()
     answer = requests.post(
         f"{server.url}/infer/points?image=photo&output=json", data={"params": '{"foreground": [[14, 28, 0]]}'}
     )
-    assert answer.status_code == 200 and time.perf_counter() - start < 4
+    assert answer.status_code == 200 and time.perf_counter() - start < whole / 2
 
 
 def test_a_short_soak_fails_no_request(server):
