@@ -78,6 +78,15 @@ def test_attention_learned_to_tell_cells_apart(inferer):
     assert trained > control
 
 
+def test_words_find_a_lesion_and_wrong_words_do_not(inferer):
+    scores = []
+    for image, mask, _ in scenes("dermoscopy", "skin lesion", 5):
+        encoded = inferer.encode(image)
+        scores.append(dice(inferer.predict(encoded, text="skin lesion").labels > 0, mask))
+        assert inferer.predict(encoded, text="lungs").absent
+    assert np.mean(scores) > 0.5, scores
+
+
 def test_a_meaningless_prompt_is_absent(inferer):
     image, _, _ = scenes("dermoscopy", "skin lesion", 1)[0]
     result = inferer.segment(image, text="zqxv plomf wug")

@@ -135,10 +135,12 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
 
 def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):
     run = trainer(model, material, tmp_path, leave_out=[1, 2], steps=1, volume_steps=1)
-    assert len(run.left_out) == 1 and run.left_out[0] not in run.cases
+    (left,) = run.left_out
+    assert left not in run.cases and left not in run.fusion_cases
     record = run.run()
-    assert set(record["left_out_dice"]) == {run.left_out[0].stem} and run.left_out[0].stem not in record["real"]
-    assert 0 <= record["left_out_dice"][run.left_out[0].stem] <= 1
+    assert left.stem not in record["adapters"]["real"] and left.stem not in record["fusion"]["real"]
+    assert record["fusion"]["left_out_dice"].keys() == {left.stem}
+    assert 0 <= record["fusion"]["left_out_dice"][left.stem] <= 1
 
 
 def test_training_starts_from_given_adapters(model, material, tmp_path):

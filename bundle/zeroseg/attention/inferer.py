@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,13 +20,16 @@ from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
 from zeroseg.attention.refine import Upsampler
 from zeroseg.attention.segmentation import Segmentation
-from zeroseg.attention.text import TextProbe, check_prompt
+from zeroseg.attention.text import TextProbe, check_prompt, standardise
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.timing import timed
 
 SELECTS = ("segments", "auto", "points", "box", "text")
 AFFINITIES = ("attention", "features", "both")
+SALIENCE = 2.0
+"""Weight, for a text, of standing out from the frame, beside the standardised evidence for the words. Words say well whether a
+thing is there and poorly where it ends. 2 was the best of 0, 0.5, 1 and 2 on development images of four sets."""
 
 
 @dataclass
@@ -107,7 +111,8 @@ class AttentionSegmentationInferer(Inferer):
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
         text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
             passes. A multiple of ``size_multiple``.
-        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
+        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent. Slightly below
+            0 by default, because a bare noun explains an image less well than the captions a model learned from.
         working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
         progress: show a bar over the slices of a volume.
         seed: of every noise draw; equal input, settings and weights give equal masks.
@@ -128,7 +133,7 @@ class AttentionSegmentationInferer(Inferer):
         refine: str = "guided",
         slice_axis: int = -1,
         text_resolution: int | None = None,
-        text_certainty: float = 1.0,
+        text_certainty: float = -0.5,
         working_size: int = 1024,
         progress: bool = False,
         seed: int = 0,
@@ -372,13 +377,17 @@ class AttentionSegmentationInferer(Inferer):
                 )
             evidence = encoded._probe(text)
         details = {"text": text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
-        if evidence.gain <= 0 or evidence.certainty < self.text_certainty:
+        if evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)
-            sure = float(np.clip(1 - evidence.certainty / max(self.text_certainty, 1e-6), 0, 1))
+            sure = math.erf((self.text_certainty - evidence.certainty) / math.sqrt(2))  # of a normal deviate
             confidence = np.full(encoded.size, sure, np.float32)
             return Segmentation(empty, confidence, [], "text", True, seconds, details)
+        with timed(seconds, "select"):
+            frame = rules.border_tokens(encoded.side).to(encoded.attention.device)
+            salience = standardise(rules.frame_relevance(encoded.distance, frame, encoded.paths))
+            relevance = evidence.relevance + SALIENCE * salience
         with timed(seconds, "refine"):
-            full = encoded.upsample(evidence.relevance[None], self.refine)[0].cpu().numpy()
+            full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, "text", seconds, None, None, details)
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:

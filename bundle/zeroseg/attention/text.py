@@ -111,10 +111,10 @@ class TextProbe:
         for tokens, with_prompt in self._cross_attention(context).items():
             contrast = with_prompt[0][:, words].mean(-1) - self._null_cross[tokens][0][:, words].mean(-1)
             grid = grid_side(tokens)
-            cross += _standardise(_to_grid(contrast.view(grid, grid), side))
-        evidence = _standardise(_to_grid(gains.mean(0), side)), _standardise(cross)
-        relevance = sum(_standardise(self.attention @ e) for e in evidence)
-        return TextEvidence(_standardise(relevance), float(each.mean()), float(certainty))
+            cross += standardise(_to_grid(contrast.view(grid, grid), side))
+        evidence = standardise(_to_grid(gains.mean(0), side)), standardise(cross)
+        relevance = sum(standardise(self.attention @ e) for e in evidence)
+        return TextEvidence(standardise(relevance), float(each.mean()), float(certainty))
 
     def _errors(self, draw: tuple[int, Tensor, Tensor], context: Tensor) -> Tensor:
         """(draws, h, w) squared errors of the predicted noise at one level."""
@@ -140,5 +140,6 @@ def _to_grid(values: Tensor, side: int) -> Tensor:
     return F.interpolate(values[None, None].float(), (side, side), mode="bilinear", align_corners=False).flatten()
 
 
-def _standardise(values: Tensor) -> Tensor:
+def standardise(values: Tensor) -> Tensor:
+    """The same values with mean 0 and spread 1."""
     return (values - values.mean()) / values.std().clamp_min(1e-8)

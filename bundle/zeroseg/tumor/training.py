@@ -249,8 +249,8 @@ class AdapterTrainer:
         adapters: options of ``AovaAdapters``.
         initial: folder of trained adapters to start from instead of random ones.
         held_out: see ``refuse_held_out``.
-        leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and measured
-            after it.
+        leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and fusion
+            and measured afterwards.
         steps: of the first phase, on voxels.
         volume_steps: of the second phase, on whole volumes.
         volumes: cases per step of the first phase.
@@ -262,7 +262,8 @@ class AdapterTrainer:
         variants: augmented readings of every real volume; phantoms get one each.
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's ``size_multiple``.
         readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
-        fusion_volumes: volumes per modality that the residuals' fusion is fitted on; 0: not fitted.
+        fusion_volumes: phantoms, and as many real volumes at most, per modality that the residuals' fusion is fitted on; 0: not
+            fitted.
         fusion_phantoms: folder of phantoms for that, best ones never trained on: what adapters know by heart makes them
             look surer than they are. None: the training's own cases.
         seed: of everything random.
@@ -292,7 +293,7 @@ class AdapterTrainer:
         variants: int = 8,
         crop: int = 48,
         readers: int = 0,
-        fusion_volumes: int = 40,
+        fusion_volumes: int = 60,
         fusion_phantoms: str | Path | None = None,
         seed: int = 0,
         save_every: int = 200,
@@ -320,12 +321,14 @@ class AdapterTrainer:
         self.cases = [*cases, *(c for c in found if c not in self.left_out)]
         if not self.cases:
             raise ZeroSegError("there is nothing to train on: give phantoms or real")
-        self.fusion_cases = self.cases if fusion_phantoms is None else read_cases(fusion_phantoms)
+        drawn = cases if fusion_phantoms is None else read_cases(fusion_phantoms)
+        self.fusion_cases = [*drawn, *(case for case in self.cases if case.real)]
         refuse_held_out([*self.cases, *self.left_out, *self.fusion_cases], self.held_out)
         self.questions = Questions(self.encoder)
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
+        self.adapters.fusion = self.adapters.presence = None  # those of ``initial`` do not fit what comes out
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
         self.log: list[list[float]] = []
@@ -427,10 +430,9 @@ class AdapterTrainer:
         self.adapters.eval().requires_grad_(False)
         self.seconds += time.monotonic() - start
         self.save()
-        measured = {case.stem: round(self.dice(case), 4) for case in self.left_out}
-        if not self.fusion_volumes:
-            return self.save(measured)
-        return self.save(measured, self.fit_fusion(), self.fit_presence())
+        if self.fusion_volumes:
+            self.adapters.fusion, self.adapters.presence = self.fit_fusion(), self.fit_presence()
+        return self.save({case.stem: round(self.dice(case), 4) for case in self.left_out})
 
     def train(self) -> None:
         """Both phases; the second begins with the first one's result and a tenth of its learning rate."""
@@ -551,13 +553,16 @@ class AdapterTrainer:
             samples.append(torch.cat(columns, 1))
         self.adapters.calibrate(samples)
 
-    @torch.inference_mode()
-    def dice(self, case: TrainingCase, threshold: float = 0.5) -> float:
-        """Dice of the AOVA map alone against a case's mask, on the working grid, asked by the organ's default words."""
-        example = self.read(case)
-        found = (self._answer(example).probability > threshold).cpu()
-        total = int(found.sum() + example.target.sum())
-        return float(2 * (found & example.target).sum() / total) if total else 1.0
+    def dice(self, case: TrainingCase) -> float:
+        """Dice of the refined mask against a case's, asked by the organ's default words."""
+        image, mask = nib.load(case.image), np.asarray(nib.load(case.mask).dataobj) > 0
+        values = np.asarray(image.dataobj, dtype=np.float32)[None]
+        found = self._inferer().segment(values, image.affine, case.modality, case.organ).labels > 0
+        total = int(found.sum() + mask.sum())
+        return 2 * int((found & mask).sum()) / total if total else 1.0
+
+    def _inferer(self) -> TumorSegmentationInferer:
+        return TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
 
     @torch.inference_mode()
     def _answer(self, example: Example) -> AovaOutput:
@@ -573,13 +578,16 @@ class AdapterTrainer:
         that it changes may be noise. Modalities whose volumes give no region with voxels both of lesions and of others are
         missing: there is nothing to learn from.
         """
-        rng = np.random.default_rng(self.seed)
-        inferer = TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
+        inferer = self._inferer()
         sick = [case for case in self.fusion_cases if _has_lesion(case)]
         found = {}
         for modality in sorted({case.modality for case in sick}):
+            rng = np.random.default_rng(self.seed)
             cases = [case for case in sick if case.modality == modality]
-            chosen = [cases[i] for i in rng.permutation(len(cases))[: self.fusion_volumes]]
+            chosen = []
+            for real in (False, True):
+                pool = [case for case in cases if case.real is real]
+                chosen += [pool[i] for i in rng.permutation(len(pool))[: self.fusion_volumes]]
             maps: dict[str, list[np.ndarray]] = {}
             targets = []
             for case in tqdm(chosen, desc=f"fusion {modality}", mininterval=10):
@@ -593,7 +601,8 @@ class AdapterTrainer:
         return found
 
     def fit_presence(self, missed: float = 0.1, least: int = 10) -> dict[str, float]:
-        """Per modality the image logit below which "absent" is answered: that share of the fusion's lesions lies there.
+        """Per modality the image logit below which "absent" is answered: that share of the fusion's phantoms with a lesion lies
+        there, phantoms because their lesions are of all sizes.
 
         A choice for whoever relies on "absent": it seldom hides a tumour, at the price of more alarms in healthy volumes;
         ``presence`` of the inferer asks for more. Modalities with fewer than ``least`` volumes with a lesion are missing.
@@ -601,7 +610,7 @@ class AdapterTrainer:
         logits: dict[str, list[float]] = {}
         for case in tqdm(self.fusion_cases, desc="presence", mininterval=10):
             known = logits.setdefault(case.modality, [])
-            if len(known) < 3 * self.fusion_volumes and _has_lesion(case):
+            if not case.real and len(known) < 3 * self.fusion_volumes and _has_lesion(case):
                 known.append(float(self._answer(self.read(case)).image_logit))
         return {m: float(np.quantile(known, missed)) for m, known in sorted(logits.items()) if len(known) >= least}
 
@@ -615,23 +624,37 @@ class AdapterTrainer:
         target = encoded.prepared.from_input(np.asarray(nib.load(case.mask).dataobj)).numpy()
         return {name: values.ravel()[chosen] for name, values in maps.fusion_inputs.items()}, target.ravel()[chosen]
 
-    def save(
-        self,
-        measured: Mapping[str, float] | None = None,
-        fusion: Mapping | None = None,
-        presence: Mapping[str, float] | None = None,
-    ) -> dict:
+    def save(self, measured: Mapping[str, float] | None = None) -> dict:
         """Write adapters, config entries, record and sums; returns the record."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().contiguous().cpu() for k, v in self.adapters.state_dict().items()}
         save_file(state, self.out / "adapters.safetensors")
         config = _read_json(self.out / "config.json")
         config["adapters"] = self.adapters.options
-        fitted = {"fusion": fusion, "presence": presence}
+        fitted = {"fusion": self.adapters.fusion, "presence": self.adapters.presence}
         config = {k: v for k, v in config.items() if k not in fitted} | {k: v for k, v in fitted.items() if v}
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        kinds = sorted({c.kind for c in self.cases if c.kind})
+        record = {"fusion": self._fusion_record(measured)}
+        if self.steps or self.volume_steps:
+            record["adapters"] = self._training_record()
+        (self.out / "training.json").write_text(
+            json.dumps(_read_json(self.out / "training.json") | record, indent=1) + "\n"
+        )
+        write_sums(self.out)
+        return record
+
+    def _fusion_record(self, measured: Mapping[str, float] | None) -> dict:
         record = {
+            "phantoms": sum(not c.real for c in self.fusion_cases),
+            "real": sorted(c.stem for c in self.fusion_cases if c.real),
+            "volumes": self.fusion_volumes,
+            "seed": self.seed,
+        }
+        return record | ({"left_out_dice": dict(measured)} if measured else {})
+
+    def _training_record(self) -> dict:
+        kinds = sorted({c.kind for c in self.cases if c.kind})
+        return {
             "phantoms": sum(not c.real for c in self.cases),
             "real": sorted(c.stem for c in self.cases if c.real),
             "lesion_kinds": kinds,
@@ -653,12 +676,6 @@ class AdapterTrainer:
             "text_encoder": self.encoder.fingerprint,
             "loss": self.log[:: max(1, len(self.log) // 60)],
         }
-        if measured:
-            record["left_out_dice"] = dict(measured)
-        summary = {**_read_json(self.out / "training.json"), "adapters": record}
-        (self.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        write_sums(self.out)
-        return record
 
 
 def _has_lesion(case: TrainingCase) -> bool:

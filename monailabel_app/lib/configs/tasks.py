@@ -44,7 +44,7 @@ def text(engine: Engine) -> Text:
             "extent": EXTENT,
             "slice": -1,
             "refine": REFINE,
-            "certainty": 1.0,
+            "certainty": -0.5,
             "absent": ["error", "empty mask"],
         },
     )
