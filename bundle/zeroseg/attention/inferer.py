@@ -52,6 +52,7 @@ class EncodedImage:
     _proposals: tuple[Tensor, list[float]] | None = None
     _distance: KLDistance | None = None
     _paths: TokenPaths | None = None
+    _salience: Tensor | None = None
     _probe: TextProbe | None = None
     _upsampler: tuple[str, Upsampler] | None = None
 
@@ -73,6 +74,14 @@ class EncodedImage:
         if self._paths is None:
             self._paths = TokenPaths(self.distance)
         return self._paths
+
+    @property
+    def salience(self) -> Tensor:
+        """(N,) in [0, 1], how every token stands out from the image's frame, see ``select.frame_relevance``; kept."""
+        if self._salience is None:
+            frame = rules.border_tokens(self.side).to(self.attention.device)
+            self._salience = rules.frame_relevance(self.distance, frame, self.paths)
+        return self._salience
 
     def upsample(self, maps: Tensor, refine: str) -> Tensor:
         """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
@@ -354,13 +363,12 @@ class AttentionSegmentationInferer(Inferer):
         return self._cut(encoded, full[0], "points", seconds, seeds, allowed)
 
     def _frame(self, encoded, corners, rule: str, seconds) -> Segmentation:
-        side = encoded.side
         with timed(seconds, "select"):
             if corners is None:
-                frame, paths = rules.border_tokens(side), encoded.paths
+                relevance = encoded.salience
             else:
-                frame, paths = self._surroundings(corners, encoded.size, side), None
-            relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device), paths)
+                frame = self._surroundings(corners, encoded.size, encoded.side)
+                relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device))
         with timed(seconds, "refine"):
             full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
@@ -383,9 +391,7 @@ class AttentionSegmentationInferer(Inferer):
             confidence = np.full(encoded.size, sure, np.float32)
             return Segmentation(empty, confidence, [], "text", True, seconds, details)
         with timed(seconds, "select"):
-            frame = rules.border_tokens(encoded.side).to(encoded.attention.device)
-            salience = standardise(rules.frame_relevance(encoded.distance, frame, encoded.paths))
-            relevance = evidence.relevance + SALIENCE * salience
+            relevance = evidence.relevance + SALIENCE * standardise(encoded.salience)
         with timed(seconds, "refine"):
             full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         return self._cut(encoded, full, "text", seconds, None, None, details)
