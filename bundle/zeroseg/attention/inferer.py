@@ -31,6 +31,10 @@ SALIENCE = 2.0
 """Weight, for a text, of standing out from the frame, beside the standardised evidence for the words. Words say well whether a
 thing is there and poorly where it ends. 2 was the best of 0, 0.5, 1 and 2 on development images of four sets."""
 
+TEXT_CERTAINTY = -0.5
+"""Default t-value below which a prompt is called absent, here and in the app: slightly below 0, because a bare noun explains an
+image less well than the captions a model learned from."""
+
 
 @dataclass
 class EncodedImage:
@@ -120,8 +124,7 @@ class AttentionSegmentationInferer(Inferer):
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
         text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
             passes. A multiple of ``size_multiple``.
-        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent. Slightly below
-            0 by default, because a bare noun explains an image less well than the captions a model learned from.
+        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
         working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
         progress: show a bar over the slices of a volume.
         seed: of every noise draw; equal input, settings and weights give equal masks.
@@ -142,7 +145,7 @@ class AttentionSegmentationInferer(Inferer):
         refine: str = "guided",
         slice_axis: int = -1,
         text_resolution: int | None = None,
-        text_certainty: float = -0.5,
+        text_certainty: float = TEXT_CERTAINTY,
         working_size: int = 1024,
         progress: bool = False,
         seed: int = 0,
@@ -322,7 +325,7 @@ class AttentionSegmentationInferer(Inferer):
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
             else:
                 posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
-            salience = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
+            unlike_frame = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
             owner = posterior.argmax(0)
         with timed(seconds, "refine"):
             posterior = encoded.upsample(posterior, self.refine).clamp(0, 1)
@@ -331,7 +334,7 @@ class AttentionSegmentationInferer(Inferer):
             margin = top.values[0] - (top.values[1] if len(posterior) > 1 else 0)
             confidence = margin.clamp(0, 1).cpu().numpy()
         present = [k for k in range(len(proposals)) if (labels == k).any()]
-        objectness = {k: float(salience[owner == k].mean()) if (owner == k).any() else 0.0 for k in present}
+        objectness = {k: float(unlike_frame[owner == k].mean()) if (owner == k).any() else 0.0 for k in present}
         ranked = sorted(present, key=lambda k: -objectness[k])[:255]
         table = np.zeros(len(proposals), np.uint8)
         table[ranked] = np.arange(1, len(ranked) + 1)

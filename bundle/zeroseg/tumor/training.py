@@ -15,6 +15,7 @@ import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
@@ -71,6 +72,15 @@ class TrainingCase:
     @property
     def stem(self) -> str:
         return self.image.name.split(".")[0]
+
+    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(1, X, Y, Z) float32 values as stored, (4, 4) affine and (X, Y, Z) mask."""
+        image = nib.load(self.image)
+        return np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, self.load_mask()
+
+    def load_mask(self) -> np.ndarray:
+        """(X, Y, Z) mask, not zero where the lesion is."""
+        return np.asarray(nib.load(self.mask).dataobj)
 
 
 @dataclass
@@ -336,15 +346,12 @@ class AdapterTrainer:
 
     def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
         """One case through the frozen encoder; with a generator, augmented."""
-        image = nib.load(case.image)
+        values, affine, mask = case.load()
         spacing = np.asarray(self.backbone.spacing)
         if rng is not None and case.real:
             spacing = spacing * rng.uniform(0.8, 1.2)
-        values = np.asarray(image.dataobj, dtype=np.float32)[None]
-        prepared = prepare(
-            values, image.affine, case.modality, spacing, self.backbone.size_multiple, self.backbone.ct_window
-        )
-        volume, target = prepared.volume, prepared.from_input(np.asarray(nib.load(case.mask).dataobj))
+        prepared = prepare(values, affine, case.modality, spacing, self.backbone.size_multiple, self.backbone.ct_window)
+        volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
             volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
         features = self.backbone.read(volume).features
@@ -449,7 +456,7 @@ class AdapterTrainer:
             pools = [[i for i, case in enumerate(samples.cases) if case.real is real] for real in (False, True)]
             self._phase("voxels", self.steps, self.lr, state, lambda rng: self._voxel_terms(samples, pools, rng))
         if state["volumes"] < self.volume_steps:
-            pools = [[c for c in self.cases if c.real is real] for real in (False, True)]
+            pools = _phantoms_and_real(self.cases)
             self._phase("volumes", self.volume_steps, self.lr / 10, state, lambda rng: self._volume_terms(pools, rng))
 
     def _phase(self, name: str, steps: int, lr: float, state: dict[str, int], terms_of) -> None:
@@ -555,13 +562,15 @@ class AdapterTrainer:
 
     def dice(self, case: TrainingCase) -> float:
         """Dice of the refined mask against a case's, asked by the organ's default words."""
-        image, mask = nib.load(case.image), np.asarray(nib.load(case.mask).dataobj) > 0
-        values = np.asarray(image.dataobj, dtype=np.float32)[None]
-        found = self._inferer().segment(values, image.affine, case.modality, case.organ).labels > 0
+        values, affine, mask = case.load()
+        mask = mask > 0
+        found = self.inferer.segment(values, affine, case.modality, case.organ).labels > 0
         total = int(found.sum() + mask.sum())
         return 2 * int((found & mask).sum()) / total if total else 1.0
 
-    def _inferer(self) -> TumorSegmentationInferer:
+    @cached_property
+    def inferer(self) -> TumorSegmentationInferer:
+        """What the adapters will be used by, with the shipped settings."""
         return TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
 
     @torch.inference_mode()
@@ -571,6 +580,10 @@ class AdapterTrainer:
         prompts, roles = self.questions.embed(case.organ, default_tumor(case.organ), case.modality)
         return self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
 
+    @cached_property
+    def _fusion_lesions(self) -> list[TrainingCase]:
+        return [case for case in self.fusion_cases if case.load_mask().any()]
+
     def fit_fusion(self, voxels: int = 2000) -> dict[str, dict]:
         """Per modality the weights of AOVA margin and residuals, by logistic regression on voxels of volumes with a lesion.
 
@@ -578,20 +591,17 @@ class AdapterTrainer:
         that it changes may be noise. Modalities whose volumes give no region with voxels both of lesions and of others are
         missing: there is nothing to learn from.
         """
-        inferer = self._inferer()
-        sick = [case for case in self.fusion_cases if _has_lesion(case)]
         found = {}
-        for modality in sorted({case.modality for case in sick}):
+        for modality in sorted({case.modality for case in self._fusion_lesions}):
             rng = np.random.default_rng(self.seed)
-            cases = [case for case in sick if case.modality == modality]
+            cases = [case for case in self._fusion_lesions if case.modality == modality]
             chosen = []
-            for real in (False, True):
-                pool = [case for case in cases if case.real is real]
+            for pool in _phantoms_and_real(cases):
                 chosen += [pool[i] for i in rng.permutation(len(pool))[: self.fusion_volumes]]
             maps: dict[str, list[np.ndarray]] = {}
             targets = []
             for case in tqdm(chosen, desc=f"fusion {modality}", mininterval=10):
-                values, target = self._fusion_voxels(inferer, case, rng, voxels)
+                values, target = self._fusion_voxels(case, rng, voxels)
                 targets.append(target)
                 for name, part in values.items():
                     maps.setdefault(name, []).append(part)
@@ -608,20 +618,21 @@ class AdapterTrainer:
         ``presence`` of the inferer asks for more. Modalities with fewer than ``least`` volumes with a lesion are missing.
         """
         logits: dict[str, list[float]] = {}
-        for case in tqdm(self.fusion_cases, desc="presence", mininterval=10):
+        phantoms, _ = _phantoms_and_real(self._fusion_lesions)
+        for case in tqdm(phantoms, desc="presence", mininterval=10):
             known = logits.setdefault(case.modality, [])
-            if not case.real and len(known) < 3 * self.fusion_volumes and _has_lesion(case):
+            if len(known) < 3 * self.fusion_volumes:
                 known.append(float(self._answer(self.read(case)).image_logit))
         return {m: float(np.quantile(known, missed)) for m, known in sorted(logits.items()) if len(known) >= least}
 
-    def _fusion_voxels(self, inferer, case, rng, voxels) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _fusion_voxels(self, case, rng, voxels) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """(n,) values of every map at random voxels of a case's region, and whether they are tumour."""
-        image = nib.load(case.image)
-        encoded = inferer.encode(np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, case.modality)
-        maps = inferer.maps(encoded, case.organ, default_tumor(case.organ))
+        values, affine, mask = case.load()
+        encoded = self.inferer.encode(values, affine, case.modality)
+        maps = self.inferer.maps(encoded, case.organ, default_tumor(case.organ))
         inside = np.flatnonzero(maps.region)
         chosen = rng.choice(inside, min(voxels, len(inside)), replace=False)
-        target = encoded.prepared.from_input(np.asarray(nib.load(case.mask).dataobj)).numpy()
+        target = encoded.prepared.from_input(mask).numpy()
         return {name: values.ravel()[chosen] for name, values in maps.fusion_inputs.items()}, target.ravel()[chosen]
 
     def save(self, measured: Mapping[str, float] | None = None) -> dict:
@@ -644,19 +655,13 @@ class AdapterTrainer:
         return record
 
     def _fusion_record(self, measured: Mapping[str, float] | None) -> dict:
-        record = {
-            "phantoms": sum(not c.real for c in self.fusion_cases),
-            "real": sorted(c.stem for c in self.fusion_cases if c.real),
-            "volumes": self.fusion_volumes,
-            "seed": self.seed,
-        }
+        record = {**_counted(self.fusion_cases), "volumes": self.fusion_volumes, "seed": self.seed}
         return record | ({"left_out_dice": dict(measured)} if measured else {})
 
     def _training_record(self) -> dict:
         kinds = sorted({c.kind for c in self.cases if c.kind})
         return {
-            "phantoms": sum(not c.real for c in self.cases),
-            "real": sorted(c.stem for c in self.cases if c.real),
+            **_counted(self.cases),
             "lesion_kinds": kinds,
             "held_out": {k: list(v) for k, v in self.held_out.items()},
             "steps": {"voxels": self.steps, "volumes": self.volume_steps},
@@ -678,8 +683,14 @@ class AdapterTrainer:
         }
 
 
-def _has_lesion(case: TrainingCase) -> bool:
-    return bool(np.asarray(nib.load(case.mask).dataobj).any())
+def _phantoms_and_real(cases: Sequence[TrainingCase]) -> list[list[TrainingCase]]:
+    return [[case for case in cases if case.real is real] for real in (False, True)]
+
+
+def _counted(cases: Sequence[TrainingCase]) -> dict:
+    """What a record says of them."""
+    phantoms, real = _phantoms_and_real(cases)
+    return {"phantoms": len(phantoms), "real": sorted(case.stem for case in real)}
 
 
 def _read_json(path: Path) -> dict:

@@ -8,6 +8,7 @@ from lib.infers.points import Points
 from lib.infers.segments import Segments
 from lib.infers.text import Text
 from lib.infers.tumor import Tumor
+from zeroseg.attention.inferer import TEXT_CERTAINTY
 from zeroseg.backbones.weights import MODELS
 
 REFINE = ["guided", "none"]
@@ -44,7 +45,7 @@ def text(engine: Engine) -> Text:
             "extent": EXTENT,
             "slice": -1,
             "refine": REFINE,
-            "certainty": -0.5,
+            "certainty": TEXT_CERTAINTY,
             "absent": ["error", "empty mask"],
         },
     )
