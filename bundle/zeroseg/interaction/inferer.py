@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,86 +14,25 @@ import torch.nn.functional as F
 from monai.inferers import Inferer
 from torch import Tensor
 
-from zeroseg.attention import select as rules
-from zeroseg.attention.aggregate import aggregate_self_attention, grid_side
+from zeroseg.attention import rules
+from zeroseg.attention.aggregate import aggregate_self_attention
+from zeroseg.attention.encoding import EncodedImage
 from zeroseg.attention.features import feature_affinity
-from zeroseg.attention.geodesic import TokenPaths
-from zeroseg.attention.merge import KLDistance, merge_attention, merge_to
+from zeroseg.attention.merge import merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
-from zeroseg.attention.refine import Upsampler
-from zeroseg.attention.segmentation import Segmentation
-from zeroseg.attention.text import TextProbe, check_prompt, standardise
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
+from zeroseg.interaction.prompts import Prompts, check_prompts
+from zeroseg.interaction.settings import ENCODING, MERGE, Settings
+from zeroseg.interaction.text import TextProbe, standardise
+from zeroseg.interaction.volume import segment_volume
+from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
-SELECTS = ("segments", "auto", "points", "box", "text")
-AFFINITIES = ("attention", "features", "both")
 SALIENCE = 2.0
 """Weight, for a text, of standing out from the frame, beside the standardised evidence for the words. Words say well whether a
 thing is there and poorly where it ends. 2 was the best of 0, 0.5, 1 and 2 on development images of four sets."""
-
-TEXT_CERTAINTY = -0.5
-"""Default t-value below which a prompt is called absent, here and in the app: slightly below 0, because a bare noun explains an
-image less well than the captions a model learned from."""
-
-
-@dataclass
-class EncodedImage:
-    """One image after the backbone's pass: all that prompts need, so that the pass is never repeated.
-
-    Attributes:
-        image: (3, h, w) in [0, 1], the guide of the refinement; at most ``working_size`` pixels a side.
-        size: (H, W) of the original image.
-        latents: (1, C, h', w') clean latents.
-        attention: (N, N) aggregated attention, rows sum to 1.
-        seconds: time per stage so far.
-    """
-
-    image: Tensor
-    size: tuple[int, int]
-    latents: Tensor
-    attention: Tensor
-    seconds: dict[str, float] = field(default_factory=dict)
-    _proposals: tuple[Tensor, list[float]] | None = None
-    _distance: KLDistance | None = None
-    _paths: TokenPaths | None = None
-    _salience: Tensor | None = None
-    _probe: TextProbe | None = None
-    _upsampler: tuple[str, Upsampler] | None = None
-
-    @property
-    def side(self) -> int:
-        """Tokens along a side of the attention grid."""
-        return grid_side(self.attention.shape[0])
-
-    @property
-    def distance(self) -> KLDistance:
-        """Distances to the tokens' attention maps, whose logarithms are taken on first use and kept."""
-        if self._distance is None:
-            self._distance = KLDistance(self.attention)
-        return self._distance
-
-    @property
-    def paths(self) -> TokenPaths:
-        """Shortest paths between tokens, whose steps are measured on first use and kept."""
-        if self._paths is None:
-            self._paths = TokenPaths(self.distance)
-        return self._paths
-
-    @property
-    def salience(self) -> Tensor:
-        """(N,) in [0, 1], how every token stands out from the image's frame, see ``select.frame_relevance``; kept."""
-        if self._salience is None:
-            frame = rules.border_tokens(self.side).to(self.attention.device)
-            self._salience = rules.frame_relevance(self.distance, frame, self.paths)
-        return self._salience
-
-    def upsample(self, maps: Tensor, refine: str) -> Tensor:
-        """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
-        if self._upsampler is None or self._upsampler[0] != refine:
-            self._upsampler = refine, Upsampler(self.image, self.side, refine)
-        return self._upsampler[1](maps.view(-1, self.side, self.side))
 
 
 class AttentionSegmentationInferer(Inferer):
@@ -101,121 +42,66 @@ class AttentionSegmentationInferer(Inferer):
     ``encode`` once and ``predict`` often serves several prompts on one image. No ``network`` is needed: the frozen
     backbone is an argument. Settings are checked on first use, the weights load on first use.
 
-    Defaults follow DiffSeg, which ADZUS builds on (clean latent, timestep 300, 16 x 16 anchors, three iterations); the
-    paper leaves open how a mask is chosen among the segments, so ``select`` is ZeroSeg's own.
-
     Args:
         backbone: the frozen model; the embedded one by default.
-        select: which segments are the object, unless a call says otherwise:
-            ``segments`` all of them as a ranked label map; ``auto`` what differs from the image's frame;
-            ``points`` what attends like the clicked pixels; ``box`` what differs from the surroundings of a box;
-            ``text`` what a prompt explains better than no prompt, or absent. None: by the prompt given, else auto.
-        thresholds: largest symmetric KL divergence, in nats, of maps that are merged, one per iteration (DiffSeg takes
-            0.9 to 1.1, three times, for Stable Diffusion); or ``auto``: found per image, see ``merge_to``.
-        max_segments: most segments that ``auto`` thresholds leave.
-        grid: anchors along a side.
-        resolution: side in pixels the image is resized to; default the backbone's own. A multiple of ``size_multiple``.
-        timestep: noise level the UNet is told, 0..999.
-        noise_draws: 0 passes the clean latent once; n > 0 averages n noised passes.
-        assign: to which segment a token goes: ``nearest``, the one whose map its own map is closest to (DiffSeg's
-            K-means refinement, one step), or ``argmax``, the one that attends to it most (DiffSeg's NMS).
-        affinity: ``attention`` (ADZUS), ``features`` of the decoder, or ``both``.
-        refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
-        slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
-        text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
-            passes. A multiple of ``size_multiple``.
-        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
-        working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
-        progress: show a bar over the slices of a volume.
-        seed: of every noise draw; equal input, settings and weights give equal masks.
+        **settings: of ``zeroseg.interaction.settings.Settings``; each can be read as an attribute of the inferer, and
+            ``replace`` varies them.
+
+    Raises:
+        TypeError: a setting has no such name.
     """
 
-    def __init__(
-        self,
-        backbone: StableDiffusionBackbone | None = None,
-        select: str | None = None,
-        thresholds: str | Sequence[float] = "auto",
-        max_segments: int = 24,
-        grid: int = 16,
-        resolution: int | None = None,
-        timestep: int = 300,
-        noise_draws: int = 0,
-        assign: str = "nearest",
-        affinity: str = "attention",
-        refine: str = "guided",
-        slice_axis: int = -1,
-        text_resolution: int | None = None,
-        text_certainty: float = TEXT_CERTAINTY,
-        working_size: int = 1024,
-        progress: bool = False,
-        seed: int = 0,
-    ):
+    def __init__(self, backbone: StableDiffusionBackbone | None = None, **settings: Any):
         super().__init__()
         self.backbone = backbone if backbone is not None else StableDiffusionBackbone()
-        self.select = select
-        self.thresholds = thresholds
-        self.max_segments = max_segments
-        self.grid = grid
-        self.resolution = resolution
-        self.timestep = timestep
-        self.noise_draws = noise_draws
-        self.assign = assign
-        self.affinity = affinity
-        self.refine = refine
-        self.slice_axis = slice_axis
-        self.text_resolution = text_resolution
-        self.text_certainty = text_certainty
-        self.working_size = working_size
-        self.progress = progress
-        self.seed = seed
+        self._settings = Settings(**settings)
+        self._checked = False
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a setting."""
+        if name.startswith("_") or name not in Settings.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self._settings, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Settings.__dataclass_fields__:
+            raise AttributeError(f"settings are fixed: use replace({name}=...), which shares the backbone")
+        super().__setattr__(name, value)
+
+    def replace(self, **settings: Any) -> AttentionSegmentationInferer:
+        """The same inferer with other settings; the backbone is shared.
+
+        Raises:
+            TypeError: a setting has no such name.
+        """
+        other = copy.copy(self)
+        other._settings = dataclasses.replace(self._settings, **settings)
+        other._checked = False
+        return other
 
     def settings(self) -> dict:
         """Every setting as JSON-serialisable values, for the manifest."""
-        hidden = ("backbone", "progress")
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k not in hidden}
+        return self._settings.record()
+
+    @property
+    def encoding_key(self) -> tuple:
+        """The settings an encoding depends on, hashable; with the backbone and the image they decide it."""
+        return self._settings.key(ENCODING)
 
     def check(self) -> None:
-        """Check the settings and load the weights.
+        """Check the settings and load the weights; once, because neither changes.
 
         Raises:
             ZeroSegError: a setting is out of its range; the message names what is allowed.
             WeightsError: the backbone cannot be loaded.
         """
-        _choice("select", self.select, (*SELECTS, None))
-        _choice("affinity", self.affinity, AFFINITIES)
-        _choice("assign", self.assign, ("nearest", "argmax"))
-        _choice("refine", self.refine, ("guided", "none"))
-        if self.thresholds != "auto":
-            values = self.thresholds if isinstance(self.thresholds, (list, tuple)) else ()
-            if not values or not all(isinstance(t, (int, float)) and 0 < t < float("inf") for t in values):
-                raise ZeroSegError(
-                    "thresholds must be auto, or positive numbers, one per iteration, e.g. [1.0, 1.0, 1.0]"
-                )
-        if not isinstance(self.max_segments, int) or not 1 <= self.max_segments <= 255:
-            raise ZeroSegError(f"max_segments must be a whole number from 1 to 255, not {self.max_segments!r}")
-        if not isinstance(self.slice_axis, int) or self.slice_axis not in range(-3, 3):
-            raise ZeroSegError(f"slice_axis must be 0, 1 or 2, not {self.slice_axis!r}")
-        if not isinstance(self.grid, int) or self.grid < 1:
-            raise ZeroSegError(f"grid must be a positive number of anchors a side, not {self.grid!r}")
-        if not isinstance(self.noise_draws, int) or self.noise_draws < 0:
-            raise ZeroSegError(
-                f"noise_draws must be 0 (clean latent) or a positive number of draws, not {self.noise_draws!r}"
-            )
-        if not isinstance(self.working_size, int) or self.working_size < 1:
-            raise ZeroSegError(f"working_size must be a positive number of pixels, not {self.working_size!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ZeroSegError(f"seed must be a whole number from 0, not {self.seed!r}")
-        if not isinstance(self.text_certainty, (int, float)):
-            raise ZeroSegError(f"text_certainty must be a number, not {self.text_certainty!r}")
+        if self._checked:
+            return
+        self._settings.check()
         self.backbone.load()
         self.backbone.check_timestep(self.timestep)
-        step = self.backbone.size_multiple
-        for name in ("resolution", "text_resolution"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value % step or value <= 0):
-                raise ZeroSegError(
-                    f"{name} must be a positive multiple of {step} pixels for this backbone, not {value!r}"
-                )
+        self._settings.check_sizes(self.backbone.size_multiple)
+        self._checked = True
 
     # One image ---------------------------------------------------------------------------------------------------------
 
@@ -273,59 +159,54 @@ class AttentionSegmentationInferer(Inferer):
         labels: Sequence[int] | None = None,
         box: Sequence[float] | None = None,
         text: str | None = None,
+        scribbles: np.ndarray | Tensor | None = None,
+        mask: np.ndarray | Tensor | None = None,
+        candidate: int | None = None,
     ) -> Segmentation:
-        """Segment an encoded image; the backbone runs again only for text.
+        """Segment an encoded image; the backbone runs again only for text. The answer depends on the encoding and the ordered
+        prompts alone.
 
         Args:
             encoded: from ``encode``.
             select: overrides the inferer's rule for this call.
-            points: (x, y) = (column, row) of clicks, in pixels of the original image.
+            points: (x, y) = (column, row) of clicks, in pixels of the original image, in the order they were made.
             labels: 1 (object) or 0 (not the object) per click; all 1 by default.
             box: (x0, y0, x1, y1), corners inside the image; with points it bounds the mask.
             text: the words to look for.
+            scribbles: (H, W) integers, 1 object, 2 background, 0 neither.
+            mask: (H, W) bool, an answer to be corrected by clicks and scribbles.
+            candidate: 1..3, which of several nested answers.
 
         Raises:
-            ZeroSegError: the rule is unknown, its prompt is missing, or a prompt lies outside the image.
+            ZeroSegError: the rule is unknown, its prompt is missing, or a prompt is malformed or outside the image.
         """
-        rule = resolve_select(select or self.select, points, box, text)
-        clicks, kinds = check_points(points, labels, encoded.size[::-1])
-        corners = check_box(box, encoded.size[::-1])
-        seconds = dict(encoded.seconds)
-        if rule == "segments":
-            return self._segments(encoded, seconds)
-        if rule == "points" and not any(kinds):
-            raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
-        if rule == "box" and corners is None:
-            raise ZeroSegError("select box needs a box [x0, y0, x1, y1]")
-        if rule == "points":
-            return self._points(encoded, clicks, kinds, corners, seconds)
-        if rule == "text":
-            return self._text(encoded, check_prompt(text), seconds)
-        return self._frame(encoded, corners if rule == "box" else None, rule, seconds)
+        prompts = check_prompts(
+            encoded.size, select or self.select, points, labels, box, text, scribbles, mask, candidate
+        )
+        answer = {"segments": self._segments, "points": self._points, "text": self._text}.get(prompts.rule, self._frame)
+        return answer(encoded, prompts, dict(encoded.seconds))
 
     def proposals(self, encoded: EncodedImage) -> tuple[Tensor, list[float]]:
         """(K, N) merged object proposals of an encoded image and the thresholds taken; computed once and kept with it."""
-        if encoded._proposals is None:
-            if self.thresholds == "auto":
-                encoded._proposals = merge_to(encoded.distance, self.max_segments, self.grid)
-            else:
-                encoded._proposals = (
-                    merge_attention(encoded.attention, self.thresholds, self.grid),
-                    list(self.thresholds),
-                )
-        return encoded._proposals
 
-    def _segments(self, encoded: EncodedImage, seconds: dict[str, float]) -> Segmentation:
+        def merge() -> tuple[Tensor, list[float]]:
+            if self.thresholds == "auto":
+                return merge_to(encoded.distance, self.max_segments, self.grid)
+            return merge_attention(encoded.attention, self.thresholds, self.grid), list(self.thresholds)
+
+        return encoded.keep("proposals", self._settings.key(MERGE), merge)
+
+    def _segments(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
         with timed(seconds, "merge"):
             proposals, thresholds = self.proposals(encoded)
-        side = encoded.side
         with timed(seconds, "select"):
             if self.assign == "nearest":
                 distance = encoded.distance(proposals)
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
             else:
                 posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
-            unlike_frame = rules.frame_relevance(encoded.distance, rules.border_tokens(side).to(proposals.device))
+            frame = rules.border_tokens(encoded.side).to(proposals.device)
+            unlike_frame = rules.frame_relevance(encoded.distance, frame)
             owner = posterior.argmax(0)
         with timed(seconds, "refine"):
             posterior = encoded.upsample(posterior, self.refine).clamp(0, 1)
@@ -343,61 +224,53 @@ class AttentionSegmentationInferer(Inferer):
             "objectness": [round(objectness[k], 4) for k in ranked],
             "thresholds": [float(f"{t:.4g}") for t in thresholds],
         }
-        return self._finish(encoded, table[labels], confidence, "segments", seconds, details)
+        return self._finish(encoded, table[labels], confidence, prompts, seconds, details)
 
-    def _points(self, encoded, clicks, kinds, corners, seconds) -> Segmentation:
-        side, size = encoded.side, encoded.size
+    def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+        # Where another refiner plugs in: it takes what answer_clicks takes and returns what that returns.
+        if self.refiner == "head":
+            raise ZeroSegError("refiner head is not there yet: use refiner rules")
         with timed(seconds, "select"):
-            wanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if k]
-            unwanted = [rules.token_at(*c, size, side) for c, k in zip(clicks, kinds, strict=True) if not k]
-            maps = [rules.click_relevance(encoded.paths, wanted)]
-            if unwanted:
-                maps.append(rules.click_relevance(encoded.paths, unwanted))
-        seeds = [self._pixel(encoded, c) for c, k in zip(clicks, kinds, strict=True) if k]
-        allowed = self._inside(encoded, corners)
-        with timed(seconds, "refine"):
-            full = encoded.upsample(torch.stack(maps), self.refine).cpu().numpy()
-        if unwanted:
-            allowed = (full[0] > full[1]) & (True if allowed is None else allowed)
-            for c, k in zip(
-                clicks, kinds, strict=True
-            ):  # the guided filter may blur a click away; the user's word stands
-                allowed[self._pixel(encoded, c)] = bool(k)
-        return self._cut(encoded, full[0], "points", seconds, seeds, allowed)
+            mask, confidence, details = answer_clicks(encoded, prompts, self._settings)
+        result = self._finish(encoded, mask.astype(np.uint8), confidence, prompts, seconds, details)
+        # Pixels that are one on the working grid may have been marked differently: the user's word stands.
+        if prompts.scribbles is not None:
+            result.labels[prompts.scribbles == 1], result.labels[prompts.scribbles == 2] = 1, 0
+        for (x, y), kind in zip(prompts.points, prompts.labels, strict=True):
+            result.labels[int(y + 0.5), int(x + 0.5)] = kind
+        if prompts.candidate is not None:
+            result.notes.append("refiner rules has one answer: candidate is ignored")
+        return result
 
-    def _frame(self, encoded, corners, rule: str, seconds) -> Segmentation:
+    def _frame(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+        corners = prompts.box if prompts.rule == "box" else None
         with timed(seconds, "select"):
             if corners is None:
                 relevance = encoded.salience
             else:
                 frame = self._surroundings(corners, encoded.size, encoded.side)
                 relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device))
-        with timed(seconds, "refine"):
-            full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
-        return self._cut(encoded, full, rule, seconds, None, self._inside(encoded, corners))
+        return self._split(encoded, relevance, prompts, seconds, inside_box(encoded, corners), {})
 
-    def _text(self, encoded, text: str, seconds) -> Segmentation:
+    def _text(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+        def probe() -> TextProbe:
+            latents = self._text_latents(encoded)
+            return TextProbe(self.backbone, latents, encoded.attention, timestep=self.timestep, seed=self.seed)
+
         with timed(seconds, "text"):
-            if encoded._probe is None:
-                encoded._probe = TextProbe(
-                    self.backbone,
-                    self._text_latents(encoded),
-                    encoded.attention,
-                    timestep=self.timestep,
-                    seed=self.seed,
-                )
-            evidence = encoded._probe(text)
-        details = {"text": text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
+            key = self.text_resolution, self.timestep, self.seed
+            evidence = encoded.keep("probe", key, probe)(prompts.text)
+        details = {"text": prompts.text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
         if evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)
-            sure = math.erf((self.text_certainty - evidence.certainty) / math.sqrt(2))  # of a normal deviate
+            # Of a normal deviate.
+            sure = math.erf((self.text_certainty - evidence.certainty) / math.sqrt(2))
             confidence = np.full(encoded.size, sure, np.float32)
-            return Segmentation(empty, confidence, [], "text", True, seconds, details)
+            reason = "the words explain the image no better than no words do"
+            return Segmentation(empty, confidence, [], "text", True, seconds, details, prompts.text, reason)
         with timed(seconds, "select"):
             relevance = evidence.relevance + SALIENCE * standardise(encoded.salience)
-        with timed(seconds, "refine"):
-            full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
-        return self._cut(encoded, full, "text", seconds, None, None, details)
+        return self._split(encoded, relevance, prompts, seconds, None, details)
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
         """Latents of the image at ``text_resolution``."""
@@ -406,40 +279,24 @@ class AttentionSegmentationInferer(Inferer):
         square = F.interpolate(encoded.image[None], (side, side), mode="bilinear", antialias=True)
         return self.backbone.encode_image(square)
 
-    def _cut(self, encoded, relevance, rule, seconds, seeds, allowed, details=None) -> Segmentation:
+    def _split(self, encoded, relevance: Tensor, prompts, seconds, allowed, details: dict) -> Segmentation:
+        """The relevant half of an image, or of the part of it that is allowed."""
+        with timed(seconds, "refine"):
+            full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         with timed(seconds, "cut"):
-            if seeds:
-                mask, threshold = rules.cut(relevance, seeds, allowed)
-            else:
-                mask, threshold = rules.split(relevance, allowed)
-            # How far a pixel's relevance lies from the threshold, as a share of the room there is on its side.
-            room = np.where(mask, max(relevance.max() - threshold, 1e-6), max(threshold - relevance.min(), 1e-6))
-            confidence = np.clip(np.abs(relevance - threshold) / room, 0, 1).astype(np.float32)
-        details = {**(details or {}), "threshold": round(threshold, 5)}
-        return self._finish(encoded, mask.astype(np.uint8), confidence, rule, seconds, details)
+            mask, threshold = rules.split(full, allowed)
+            confidence = certainty(full, mask, threshold)
+        details = {**details, "threshold": round(threshold, 5)}
+        return self._finish(encoded, mask.astype(np.uint8), confidence, prompts, seconds, details)
 
-    def _finish(self, encoded, labels, confidence, rule, seconds, details) -> Segmentation:
+    def _finish(self, encoded, labels, confidence, prompts, seconds, details) -> Segmentation:
         if labels.shape != encoded.size:
             full = torch.from_numpy(np.stack([labels.astype(np.float32), confidence]))[:, None]
             labels = F.interpolate(full[:1], encoded.size, mode="nearest-exact")[0, 0].numpy().astype(np.uint8)
             confidence = F.interpolate(full[1:], encoded.size, mode="bilinear")[0, 0].numpy()
         scores = [float(confidence[labels == k].mean()) for k in range(1, int(labels.max()) + 1)]
-        return Segmentation(labels, confidence.astype(np.float32), scores, rule, False, seconds, details)
-
-    @staticmethod
-    def _pixel(encoded: EncodedImage, click) -> tuple[int, int]:
-        """(row, column) on the working grid of a click given in original pixels."""
-        height, width = encoded.image.shape[1:]
-        row = min(height - 1, int((click[1] + 0.5) * height / encoded.size[0]))
-        return row, min(width - 1, int((click[0] + 0.5) * width / encoded.size[1]))
-
-    def _inside(self, encoded: EncodedImage, corners) -> np.ndarray | None:
-        if corners is None:
-            return None
-        (top, left), (bottom, right) = (self._pixel(encoded, c) for c in (corners[:2], corners[2:]))
-        inside = np.zeros(tuple(encoded.image.shape[1:]), bool)
-        inside[top : bottom + 1, left : right + 1] = True
-        return inside
+        confidence = confidence.astype(np.float32)
+        return Segmentation(labels, confidence, scores, prompts.rule, False, seconds, details, prompts.text)
 
     @staticmethod
     def _surroundings(corners, size, side: int) -> Tensor:
@@ -479,8 +336,6 @@ class AttentionSegmentationInferer(Inferer):
             return self.predict(self.encode_prepared(image) if prepared else self.encode(image), select, **prompt)
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
-        from zeroseg.attention.volume import segment_volume
-
         return segment_volume(self, image, select, prepared=prepared, **prompt)
 
     def __call__(
@@ -496,7 +351,7 @@ class AttentionSegmentationInferer(Inferer):
         Args:
             inputs: (B, C, H, W) or (B, C, X, Y, Z).
             network: ignored; the backbone is the inferer's own.
-            prompts: keyword arguments of ``predict`` (select, points, labels, box, text) for all items, or one dict each.
+            prompts: keyword arguments of ``predict`` for all items, or one dict each.
 
         Returns:
             (B, 1, ...) uint8 labels on the inputs' device; affine and metadata of a MetaTensor are kept.
@@ -516,85 +371,3 @@ class AttentionSegmentationInferer(Inferer):
 
             labels = convert_to_dst_type(labels, inputs, dtype=torch.uint8)[0]
         return labels
-
-
-def _choice(name: str, value: object, allowed: Sequence) -> None:
-    if value not in allowed:
-        names = ", ".join(str(a) for a in allowed if a is not None)
-        raise ZeroSegError(f"unknown {name} {value!r}: use one of {names}")
-
-
-def resolve_select(select: str | None, points, box, text) -> str:
-    """The rule of a call: the one named, else the one its prompt implies, else ``auto``.
-
-    Raises:
-        ZeroSegError: the rule is unknown or its prompt is missing.
-    """
-    _choice("select", select, (*SELECTS, None))
-    if select is None:
-        select = (
-            "points" if points is not None else "box" if box is not None else "text" if text is not None else "auto"
-        )
-    needs = {"points": points, "box": box, "text": text}
-    if select in needs and needs[select] is None:
-        raise ZeroSegError(f"select {select} needs a prompt: give {select} for this image")
-    return select
-
-
-def check_points(points, labels, extent: Sequence[int]) -> tuple[list[tuple[float, ...]], list[int]]:
-    """Clicks and their labels, checked against the image.
-
-    Args:
-        points: sequence of (x, y) or (x, y, z), or None.
-        labels: sequence of 0 and 1, or None for all 1.
-        extent: number of pixels along x, y (and z).
-
-    Raises:
-        ZeroSegError: a click is malformed or outside, or the labels do not match or have no clicks.
-    """
-    if points is None:
-        if labels is not None:
-            raise ZeroSegError("labels are given without points: give the points they belong to, or leave labels out")
-        return [], []
-    axes = "xyz"[: len(extent)]
-    clicks = []
-    try:
-        for point in points:
-            clicks.append(tuple(float(v) for v in point))
-    except (TypeError, ValueError):
-        raise ZeroSegError(f"points must be a list of [{', '.join(axes)}] numbers, not {points!r}") from None
-    for click in clicks:
-        if len(click) != len(extent):
-            raise ZeroSegError(f"point {list(click)} must have {len(extent)} numbers: {', '.join(axes)}")
-        if not all(0 <= v <= n - 1 for v, n in zip(click, extent, strict=True)):
-            inside = ", ".join(f"{a} 0..{n - 1}" for a, n in zip(axes, extent, strict=True))
-            raise ZeroSegError(f"point {list(click)} lies outside the image: {inside}")
-    kinds = [1] * len(clicks) if labels is None else list(labels) if hasattr(labels, "__iter__") else []
-    if len(kinds) != len(clicks) or any(k not in (0, 1) for k in kinds):
-        raise ZeroSegError(f"labels must hold one 0 or 1 for each of the {len(clicks)} points, not {labels!r}")
-    if not clicks:
-        raise ZeroSegError("points is empty: give at least one click [x, y], or leave points out")
-    return clicks, [int(k) for k in kinds]
-
-
-def check_box(box, extent: Sequence[int]) -> tuple[float, ...] | None:
-    """A box's corners, checked against the image: low corner first, both inside, not empty.
-
-    Raises:
-        ZeroSegError: otherwise.
-    """
-    if box is None:
-        return None
-    n = len(extent)
-    try:
-        corners = tuple(float(v) for v in box)
-    except (TypeError, ValueError):
-        raise ZeroSegError(f"box must be {2 * n} numbers, not {box!r}") from None
-    if len(corners) != 2 * n:
-        raise ZeroSegError(f"box must be {2 * n} numbers (low corner, high corner), not {len(corners)}")
-    low, high = corners[:n], corners[n:]
-    if not all(0 <= a <= b <= size - 1 for a, b, size in zip(low, high, extent, strict=True)):
-        raise ZeroSegError(
-            f"box {list(corners)} must have its low corner first and lie inside the image of {list(extent)} pixels"
-        )
-    return corners
