@@ -19,14 +19,12 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from scenes import MOST_PIECES, make_scene, pseudo_objects
 from scipy import ndimage
 from tqdm import tqdm
 
 from phantoms import make_phantom
-from scenes import MOST_PIECES, make_scene, pseudo_objects
-
 from zeroseg.attention import AttentionSegmentationInferer
-from zeroseg.interaction.readout import read_out
 
 SIZE = 256
 MAPS = 3
@@ -88,7 +86,9 @@ def draw(index: int, folders: list[list[Path]], textures: list[np.ndarray]):
         side = int(min(h, w) * rng.uniform(0.4, 1))
         y, x = rng.integers(h - side + 1), rng.integers(w - side + 1)
         image = image[y : y + side, x : x + side]
-    image = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_LINEAR)
+    image = cv2.resize(
+        image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_LINEAR
+    )
     image = np.ascontiguousarray(np.rot90(image, rng.integers(4))[:, :: rng.choice([-1, 1])])
     for k in range(MAPS):
         maps[k] = pseudo_objects(image, rng)
@@ -98,7 +98,9 @@ def draw(index: int, folders: list[list[Path]], textures: list[np.ndarray]):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--unlabelled", type=Path, help="folder of folders of unlabelled images")
-    parser.add_argument("--training", type=Path, help="folder of folders with images/ of further openly licensed images")
+    parser.add_argument(
+        "--training", type=Path, help="folder of folders with images/ of further openly licensed images"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/interaction"))
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--part", default="0/1", help="this process's share, e.g. 0/2 and 1/2")
@@ -119,11 +121,25 @@ def main() -> int:
         target = args.work / f"shard_{shard:05d}.npz"
         if target.exists():
             continue
-        columns: dict[str, list[np.ndarray]] = {k: [] for k in ("image", "maps", "parents", "kind", "steps", "coordinates", "salience")}
+        columns: dict[str, list[np.ndarray]] = {
+            k: [] for k in ("image", "maps", "parents", "kind", "steps", "coordinates", "salience")
+        }
         for index in range(shard * 50, shard * 50 + 50):
             image, maps, parents, kind = draw(index, folders, textures)
-            read = read_out(inferer.encode(torch.from_numpy(image.copy()).permute(2, 0, 1).float()))
-            for name, value in zip(columns, (image, maps, parents, kind, read.steps.astype(np.float16), read.coordinates.astype(np.float16), read.salience.astype(np.float16)), strict=True):
+            read = inferer.encode(torch.from_numpy(image.copy()).permute(2, 0, 1).float()).readout
+            for name, value in zip(
+                columns,
+                (
+                    image,
+                    maps,
+                    parents,
+                    kind,
+                    read.steps.astype(np.float16),
+                    read.coordinates.astype(np.float16),
+                    read.salience.astype(np.float16),
+                ),
+                strict=True,
+            ):
                 columns[name].append(value)
         partial = target.with_suffix(".part.npz")
         np.savez(partial, **{k: np.stack(v) if k != "kind" else np.array(v) for k, v in columns.items()})

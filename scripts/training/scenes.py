@@ -74,7 +74,9 @@ class _Painter:
         theta = np.arctan2(v, u)
         radius = 1.0
         for k in range(2, 9):
-            radius = radius + wobble / k * self.rng.standard_normal() * np.cos(k * theta + self.rng.uniform(0, 2 * np.pi))
+            radius = radius + wobble / k * self.rng.standard_normal() * np.cos(
+                k * theta + self.rng.uniform(0, 2 * np.pi)
+            )
         return np.hypot(u, v) < radius
 
     def stroke(self, thickness: float, length: float) -> np.ndarray:
@@ -147,7 +149,7 @@ def _regions(p: _Painter) -> None:
     field = p.smooth(np.exp(p.rng.uniform(np.log(0.06), np.log(0.5))), (count,))
     owner = field.argmax(0)
     for k in range(1, count):
-        parts, n = ndimage.label(owner == k)
+        parts, _ = ndimage.label(owner == k)
         for part in 1 + np.argsort(-np.bincount(parts.ravel())[1:])[:12]:
             p.paint(parts == part, group=220 + k)
     _lesions(p, p.rng.integers(0, 3))
@@ -312,7 +314,9 @@ def _degrade(image: np.ndarray, contrast: float, rng: np.random.Generator) -> np
         image = 1 - image
     if rng.random() < 0.2:
         n = int(size * rng.uniform(0.35, 0.8))
-        image = cv2.resize(cv2.resize(image, (n, n), interpolation=cv2.INTER_AREA), (size, size), interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(
+            cv2.resize(image, (n, n), interpolation=cv2.INTER_AREA), (size, size), interpolation=cv2.INTER_LINEAR
+        )
     return np.ascontiguousarray((np.clip(image, 0, 1) * 255).astype(np.uint8).reshape(size, size, 3))
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from scenes import Scene
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scenes import Scene
+from zeroseg.attention.readout import Readout
 from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
-from zeroseg.interaction.readout import Readout
 
 SIZE = 256
 TURNS = 4
@@ -102,7 +102,12 @@ class Episode:
         self.readout = None
         if rng.random() >= BLIND:
             side = len(item["salience"]) ** 0.5
-            self.readout = Readout(round(side), item["steps"].astype(np.float32), item["coordinates"].astype(np.float32), item["salience"].astype(np.float32))
+            self.readout = Readout(
+                round(side),
+                item["steps"].astype(np.float32),
+                item["coordinates"].astype(np.float32),
+                item["salience"].astype(np.float32),
+            )
         self.marks = np.zeros((SIZE, SIZE), np.uint8)
         self.tokens: list[set[int]] = [set(), set()]
         self.maps = None
@@ -275,7 +280,9 @@ class Episode:
         """A click or a stroke in the larger error (RITM's rule, or a random place of it)."""
         if self.last is not None and self.rng.random() < 0.35:
             both = self.last | self.truth
-            self.window = self._around(both, self.rng.uniform(1.2, 2.5)) if self.rng.random() < 0.7 else Window(0, 0, SIZE, SIZE)
+            self.window = (
+                self._around(both, self.rng.uniform(1.2, 2.5)) if self.rng.random() < 0.7 else Window(0, 0, SIZE, SIZE)
+            )
         missed, added = np.zeros_like(self.truth), np.zeros_like(self.truth)
         s = self.window.slices
         missed[s], added[s] = (self.truth & ~self.last)[s], (self.last & ~self.truth)[s]
@@ -289,7 +296,9 @@ class Episode:
             self._click(region, kind)
 
 
-def losses(logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, marks: torch.Tensor, first: bool) -> dict[str, torch.Tensor]:
+def losses(
+    logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, marks: torch.Tensor, first: bool
+) -> dict[str, torch.Tensor]:
     """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU."""
     t = target[:, None].float().expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
@@ -317,7 +326,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=100, help="of this call; the learning rate falls over the last fifth of --steps")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=100,
+        help="of this call; the learning rate falls over the last fifth of --steps",
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -343,7 +357,10 @@ def main() -> int:
 
     def save() -> None:
         partial = state.with_suffix(".part")
-        torch.save({"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+        torch.save(
+            {"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+            partial,
+        )
         partial.rename(state)
         weights = {k: v.contiguous() for k, v in mean.module.state_dict().items()}
         save_file(weights, str(args.work / "head.part"))
@@ -354,7 +371,10 @@ def main() -> int:
         return args.rate * min(1.0, (step + 1) / 200) * max(0.02, fall)
 
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
-        episodes = [Episode(shards.items[rng.integers(len(shards.items))], np.random.default_rng(rng.integers(2**62))) for _ in range(args.batch)]
+        episodes = [
+            Episode(shards.items[rng.integers(len(shards.items))], np.random.default_rng(rng.integers(2**62)))
+            for _ in range(args.batch)
+        ]
         for turn in range(TURNS):
             seen = [e.input() for e in episodes]
             x = torch.stack([s[0] for s in seen]).contiguous(memory_format=torch.channels_last)
@@ -373,14 +393,25 @@ def main() -> int:
             with torch.no_grad():
                 shown = quality.argmax(1)
                 got = terms["iou"].gather(1, shown[:, None]).mean()
-                facts = {"shape": terms["shape"], "obey": terms["obey"], "quality": terms["quality"], f"iou_{turn + 1}": got, f"best_{turn + 1}": terms["iou"].amax(1).mean()}
+                facts = {
+                    "shape": terms["shape"],
+                    "obey": terms["obey"],
+                    "quality": terms["quality"],
+                    f"iou_{turn + 1}": got,
+                    f"best_{turn + 1}": terms["iou"].amax(1).mean(),
+                }
                 for name, value in facts.items():
                     log.setdefault(name, []).append(float(value))
             if turn < TURNS - 1:
-                for e, l, k in zip(episodes, logits.detach(), shown, strict=True):
-                    e.answer(l[k])
+                for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
+                    episode.answer(given[k])
         if step % 100 == 0:
-            line = {"step": step, "seconds": round(time.monotonic() - start), "scenes": len(shards.items), "rate": round(rate(), 6)}
+            line = {
+                "step": step,
+                "seconds": round(time.monotonic() - start),
+                "scenes": len(shards.items),
+                "rate": round(rate(), 6),
+            }
             line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
             log.clear()
             print(json.dumps(line), flush=True)

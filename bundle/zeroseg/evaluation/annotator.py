@@ -25,7 +25,9 @@ def anywhere(region: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(int(i) for i in places[rng.integers(len(places))])
 
 
-def next_click(mask: np.ndarray, truth: np.ndarray, rng: np.random.Generator | None = None) -> tuple[tuple[int, ...], int] | None:
+def next_click(
+    mask: np.ndarray, truth: np.ndarray, rng: np.random.Generator | None = None
+) -> tuple[tuple[int, ...], int] | None:
     """The next click on an answer (RITM, Sofiiuk et al. 2022): in that of missed and wrongly added pixels which reaches deeper.
 
     Args:
@@ -85,7 +87,7 @@ def scribble(region: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndar
         for _ in range(int(2 * region.sum() ** 0.5) + 5):
             out[tuple(place.round().astype(int))] = True
             for _ in range(8):
-                step = place + (np.sin(heading), np.cos(heading))
+                step = place + np.array([np.sin(heading), np.cos(heading)])
                 at = tuple(step.round().astype(int))
                 if all(0 <= a < n for a, n in zip(at, region.shape, strict=True)) and region[at]:
                     place, heading = step, heading + rng.normal(0, 0.25)

@@ -6,6 +6,7 @@ An answer depends on the encoding and on the ordered prompts only: all of them a
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,8 +19,14 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor
 
+from zeroseg.attention import EncodedImage
+from zeroseg.attention.readout import Readout
+from zeroseg.backbones.weights import MODELS, verify_sums
+from zeroseg.errors import WeightsError
+from zeroseg.interaction.clicks import pixel_of, resized
 from zeroseg.interaction.head import CANDIDATES, PromptHead, Window, assemble
-from zeroseg.interaction.readout import Readout
+from zeroseg.interaction.prompts import Prompts
+from zeroseg.interaction.settings import Settings
 
 MARGIN = 1.6
 """A window is this many times as wide as the answer it is to mend."""
@@ -62,16 +69,80 @@ class Answer:
 
 
 @cache
-def load_head(folder: Path) -> PromptHead:
-    """The trained head of a folder with ``config.json`` and ``head.safetensors``; loaded once."""
-    config = json.loads((folder / "config.json").read_text())
-    head = PromptHead(config["widths"], config["blocks"])
-    head.load_state_dict(load_file(str(folder / "head.safetensors")))
+def load_head(folder: Path = MODELS / "interaction") -> PromptHead:
+    """The trained head of a folder with ``config.json`` and ``head.safetensors``; checked and loaded once.
+
+    Raises:
+        WeightsError: the folder is not there, does not match its SHA256SUMS, or holds another network's weights.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        verify_sums(folder)
+        head = PromptHead(config["widths"], config["blocks"])
+        head.load_state_dict(load_file(str(folder / "head.safetensors")))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"cannot load the promptable head in {folder.name}: {first}; or use refiner rules"
+        ) from error
     return head.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def answer_by_head(
+    encoded: EncodedImage, prompts: Prompts, settings: Settings, head: PromptHead | None = None
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """The mask that the prompts mean, by the promptable head; takes and gives what ``clicks.answer_clicks`` does.
+
+    Strokes and the box come first, together; then the clicks, one by one.
+
+    Args:
+        encoded: the image.
+        prompts: of rule ``points`` or ``box``.
+        settings: ``affinity`` and others have shaped the encoding; none is used here.
+        head: the embedded one by default.
+    """
+    head = head or load_head()
+    shape = tuple(encoded.image.shape[1:])
+    session = encoded.keep("session", id(head), lambda: Session(head, encoded.image, encoded.readout))
+    start = None if prompts.mask is None else resized(prompts.mask, shape)
+    answer = session.answer(events_of(encoded, prompts), start, prompts.candidate)
+    sure = np.where(answer.mask, answer.probability, 1 - answer.probability)
+    details = {
+        "estimated_iou": round(answer.estimates[answer.shown], 4),
+        "candidate": answer.shown + 1,
+        "candidates": [
+            {"area": int(np.count_nonzero(mask)), "estimated_iou": round(value, 4)}
+            for mask, value in zip(answer.candidates, answer.estimates, strict=True)
+        ],
+    }
+    return answer.mask.copy(), sure.astype(np.float32), details
+
+
+def events_of(encoded: EncodedImage, prompts: Prompts) -> list[Event]:
+    """Checked prompts as the events of a session, on the working grid."""
+    shape = tuple(encoded.image.shape[1:])
+    marks: list[tuple[int, int, int]] = []
+    box = None
+    if prompts.box is not None:
+        (top, left), (bottom, right) = (pixel_of(encoded, c) for c in (prompts.box[:2], prompts.box[2:]))
+        box = top, left, bottom + 1, right + 1
+    if prompts.scribbles is not None:
+        rows, columns = np.nonzero(prompts.scribbles)
+        at = np.stack([rows * shape[0] // encoded.size[0], columns * shape[1] // encoded.size[1]], 1)
+        marks = [(int(r), int(c), int(prompts.scribbles[y, x])) for (r, c), y, x in zip(at, rows, columns, strict=True)]
+    events = [Event(tuple(marks), box)] if marks or box else []
+    waiting: list[tuple[int, int, int]] = []
+    for click, label in zip(prompts.points, prompts.labels, strict=True):
+        waiting.append((*pixel_of(encoded, click), 1 if label else 2))
+        # Background clicks that come before there is an object wait for it.
+        if events or prompts.mask is not None or label:
+            events.append(Event(tuple(waiting)))
+            waiting = []
+    return events
+
+
 class Session:
-    """Prompts on one image, replayed in order.
+    """Prompts on one image, replayed in order; answered beginnings are kept, so that a further prompt costs one answer.
 
     Args:
         head: the trained network.
@@ -81,7 +152,12 @@ class Session:
 
     def __init__(self, head: PromptHead, image: Tensor, readout: Readout | None):
         self.head, self.image, self.readout = head, image.float().cpu(), readout
-        self._done: list[tuple[tuple, Answer]] = []
+        self._lock = threading.Lock()
+        self._begun: tuple = ()
+        self._events: list[Event] = []
+        # Bits of the mask after each event; only the last answer is kept whole.
+        self._masks: list[np.ndarray] = []
+        self._last: Answer | None = None
 
     def answer(self, events: Sequence[Event], start: np.ndarray | None = None, candidate: int | None = None) -> Answer:
         """Replay events.
@@ -91,18 +167,30 @@ class Session:
             start: (H, W) bool mask to start from, or None.
             candidate: 1 to 3, which of the nested answers to the first event is gone on with; None: the one of best estimate.
         """
-        if start is not None and not events:
+        if not events:
             return Answer(start, start.astype(np.float32), (1.0,) * CANDIDATES, np.stack([start] * CANDIDATES), 0)
-        key = (None if start is None else start.tobytes(), candidate)
-        done = 0
-        while done < min(len(events), len(self._done)) and self._done[done][0] == (*key, events[done]):
-            done += 1
-        del self._done[done:]
-        for at in range(done, len(events)):
-            before = self._done[-1][1].mask if self._done else start
-            choice = candidate if at == 0 else None
-            self._done.append(((*key, events[at]), self._next(events[: at + 1], before, choice)))
-        return self._done[-1][1]
+        with self._lock:
+            begun = (None if start is None else start.tobytes(), candidate)
+            same = 0
+            if begun == self._begun:
+                pairs = zip(events, self._events, strict=False)
+                same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(events), len(self._events)))
+            if same == len(events) == len(self._events):
+                return self._last
+            # The last answer's candidates are wanted, so its event is answered again where it was passed before.
+            same = min(same, len(events) - 1)
+            self._begun = begun
+            del self._events[same:], self._masks[same:]
+            for at in range(same, len(events)):
+                before = self._unpacked(self._masks[-1]) if self._masks else start
+                self._last = self._next(events[: at + 1], before, candidate if at == 0 else None)
+                self._events.append(events[at])
+                self._masks.append(np.packbits(self._last.mask))
+            return self._last
+
+    def _unpacked(self, bits: np.ndarray) -> np.ndarray:
+        height, width = self.image.shape[1:]
+        return np.unpackbits(bits, count=height * width).reshape(height, width).astype(bool)
 
     def _next(self, events: Sequence[Event], before: np.ndarray | None, candidate: int | None) -> Answer:
         size = tuple(self.image.shape[1:])
@@ -136,7 +224,9 @@ class Session:
         for event in events:
             for kind in (1, 2):
                 places = [m for m in event.marks if m[2] == kind]
-                for at in np.unique(np.linspace(0, len(places) - 1, min(STROKE_TOKENS, len(places))).round().astype(int)):
+                for at in np.unique(
+                    np.linspace(0, len(places) - 1, min(STROKE_TOKENS, len(places))).round().astype(int)
+                ):
                     row, column, _ = places[at]
                     near, alike = self.readout.relevance(row * side // height * side + column * side // width)
                     np.maximum(maps[kind - 1], near, out=maps[kind - 1])
@@ -194,7 +284,11 @@ def obey(mask: np.ndarray, logits: np.ndarray, marks: np.ndarray, window: Window
     """A mask in which every marked pixel has the user's label; what is as sure as the mark goes with it, if it is connected."""
     for row, column in np.argwhere((marks == 1) & ~mask):
         parts, _ = ndimage.label(logits >= min(0.0, float(logits[row, column])))
-        mask = mask | (parts == parts[row, column]) if np.count_nonzero(parts == parts[row, column]) < 0.5 * mask.size else mask
+        mask = (
+            mask | (parts == parts[row, column])
+            if np.count_nonzero(parts == parts[row, column]) < 0.5 * mask.size
+            else mask
+        )
     for row, column in np.argwhere((marks == 2) & mask):
         parts, _ = ndimage.label(mask & (logits <= float(logits[row, column])))
         mask = mask & (parts != parts[row, column])

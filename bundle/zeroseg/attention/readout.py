@@ -13,25 +13,19 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
 
+from zeroseg.attention.aggregate import grid_side
+from zeroseg.attention.geodesic import TokenPaths, neighbours, step_graph
+from zeroseg.attention.merge import KLDistance
+
 COORDINATES = 12
 """Leading coordinates kept of every token's attention map."""
 REACH = 2.0
 """Geodesic distance at which a prompt's relevance has fallen to 1/e, in mean distances of the image."""
 LEAST_STEP = 1e-2
 """Cost of a step where nothing changes, as a share of the mean step: paths stay short in flat regions."""
-_NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
-
-def _pairs(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end token of every step of an 8-neighbourhood, in the order of ``Readout.steps``."""
-    index = np.arange(side * side)
-    column, starts, ends = index % side, [], []
-    for down, right in _NEIGHBOURS:
-        offset = down * side + right
-        inside = (column + right >= 0) & (column + right < side) & (index + offset < side * side)
-        starts.append(index[inside])
-        ends.append(index[inside] + offset)
-    return np.concatenate(starts), np.concatenate(ends)
+KEPT = 64
+"""Prompted tokens whose relevance is kept."""
 
 
 @dataclass
@@ -61,7 +55,7 @@ class Readout:
     @property
     def edges(self) -> np.ndarray:
         """(side * side,) float32 in [0, 1): mean cost of the steps that leave a token, squashed."""
-        start, end = _pairs(self.side)
+        start, end = neighbours(self.side)
         tokens = self.side**2
         total = np.bincount(start, self.steps, tokens) + np.bincount(end, self.steps, tokens)
         count = np.bincount(start, minlength=tokens) + np.bincount(end, minlength=tokens)
@@ -71,43 +65,42 @@ class Readout:
     def relevance(self, token: int) -> tuple[np.ndarray, np.ndarray]:
         """Of one prompted token: how easily every token is reached from it, and how alike it is; both (N,) in (0, 1]."""
         if token not in self._kept:
+            while len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)), None)
             if self._graph is None:
-                start, end = _pairs(self.side)
-                cost = self.steps.astype(np.float64) + LEAST_STEP
-                self._graph = csr_matrix((cost, (start, end)), shape=(self.side**2,) * 2)
+                self._graph = step_graph(self.side, self.steps, LEAST_STEP)
             away = dijkstra(self._graph, directed=False, indices=token)
             near = np.exp(-away / max(REACH * away.mean(), 1e-12)).astype(np.float32)
             apart = np.linalg.norm(self.coordinates - self.coordinates[:, token : token + 1], axis=0)
-            self._kept[token] = near, np.exp(-2 * apart).astype(np.float32)
+            answer = near, np.exp(-2 * apart).astype(np.float32)
+            self._kept[token] = answer
+            return answer
         return self._kept[token]
 
 
-def read_out(encoded) -> Readout:
-    """The maps of an ``EncodedImage``.
+def read_out(distance: KLDistance, paths: TokenPaths, salience: Tensor) -> Readout:
+    """What the head reads of an image's attention.
 
-    Coordinates are the leading principal ones of the tokens' root attention maps, found by subspace iteration from a fixed start: the
-    Euclidean distance of two root maps is their Hellinger distance, which the root of a small KL divergence is proportional to.
+    Args:
+        distance: to the (N, N) aggregated attention.
+        paths: through it.
+        salience: (N,) in [0, 1], how every token stands out from the frame.
     """
-    distance, side = encoded.distance, encoded.side
-    steps = []
-    tokens = side * side
-    column = torch.arange(tokens, device=distance.maps.device) % side
-    for down, right in _NEIGHBOURS:
-        offset = down * side + right
-        if 0 < offset < tokens:
-            stays = ((column + right >= 0) & (column + right < side))[: tokens - offset]
-            steps.append(distance.apart(offset).sqrt()[stays])
-    costs = torch.cat(steps).cpu().numpy() if steps else np.zeros(0, np.float32)
+    mean = float(paths.steps.mean()) if len(paths.steps) else 1.0
     return Readout(
-        side,
-        (costs / max(float(costs.mean()), 1e-12)).astype(np.float32) if len(costs) else costs,
+        grid_side(len(distance.maps)),
+        (paths.steps / max(mean, 1e-12)).astype(np.float32),
         _coordinates(distance.maps).cpu().numpy(),
-        encoded.salience.float().cpu().numpy(),
+        salience.float().cpu().numpy(),
     )
 
 
 def _coordinates(attention: Tensor) -> Tensor:
-    """(COORDINATES, N) leading principal coordinates of the root attention maps, scaled to a mean distance of about 1."""
+    """(COORDINATES, N) leading principal coordinates of the root attention maps, scaled to a mean distance of about 1.
+
+    Found by subspace iteration from a fixed start. The Euclidean distance of two root maps is their Hellinger distance, which the
+    root of a small KL divergence is proportional to.
+    """
     root = attention.float().sqrt()
     mean = root.mean(0, keepdim=True)
     tokens = len(root)
@@ -115,13 +108,12 @@ def _coordinates(attention: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(tokens, count + 4, generator=generator).to(root.device)
     for _ in range(2):
-        basis = root.T @ (root @ basis - mean @ basis) - mean.T * (root @ basis - mean @ basis).sum(0)
-        basis = torch.linalg.qr(basis).Q
+        scores = root @ basis - mean @ basis
+        basis = torch.linalg.qr(root.T @ scores - mean.T * scores.sum(0)).Q
     scores = root @ basis - mean @ basis
-    values, vectors = torch.linalg.eigh(scores.T @ scores)
+    _, vectors = torch.linalg.eigh(scores.T @ scores)
     scores = scores @ vectors.flip(1)[:, :count]
     scale = scores.square().sum(1).mean().sqrt() * 2**0.5
-    scores = scores / scale.clamp_min(1e-12)
     out = scores.new_zeros(COORDINATES, tokens)
-    out[:count] = scores.T
+    out[:count] = (scores / scale.clamp_min(1e-12)).T
     return out
