@@ -12,8 +12,8 @@ from pathlib import Path
 
 from zeroseg.errors import WeightsError
 from zeroseg.hashing import file_sha256
+from zeroseg.places import MODELS
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]

@@ -27,9 +27,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-import _path  # noqa: F401
-from benchmark import MB, PeakMemory, add_machine_options, machine_context, timed
-from results import markdown_rows
+from benchmark_attention import MB, PeakMemory, add_machine_options, machine_context, timed
+from zeroseg.evaluation.tables import markdown_rows
 from zeroseg.backbones.maisi import COMPACT, MAISI_RFLOW, MaisiBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import write_json

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import _path  # noqa: F401
 from phantoms3d import SPACING, make_volume
 from zeroseg.backbones.maisi import COMPACT, build_autoencoder, build_unet, make_scheduler, spacing_condition
 from zeroseg.tumor.prepare import prepare

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from confidence import (
+from zeroseg.evaluation.confidence import (
     BINS,
     aurc,
     image_score,

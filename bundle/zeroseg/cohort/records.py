@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import _path  # noqa: F401
 from zeroseg.errors import ZeroSegError
 
 RECORDS = ".zeroseg-batch"

@@ -38,8 +38,7 @@ import numpy as np
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-import _path  # noqa: F401
-from results import (
+from zeroseg.evaluation.tables import (
     Parser,
     best_median_worst,
     find_pairs,
@@ -50,8 +49,8 @@ from results import (
     write_csv,
     write_text,
 )
-from volume_baselines import AUTOMATIC, BRIGHT, PET
-from volume_metrics import METRICS, score_volume, tolerance_of
+from zeroseg.evaluation.volume_baselines import AUTOMATIC, BRIGHT, PET
+from zeroseg.evaluation.volume_metrics import METRICS, score_volume, tolerance_of
 from zeroseg.backbones.frozen import DTYPES
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder

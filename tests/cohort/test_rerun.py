@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import rerun
+from zeroseg.cohort import rerun
 from bad_inputs import OBLIQUE, color, ct_series, gray, write_nifti
-from case_worker import build_runner, find_config
+from zeroseg.cohort.worker import build_runner, find_config
 from zeroseg.cases import CaseDataset
 from zeroseg.errors import ZeroSegError
 

@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import Parser, end
+from zeroseg.cli.parser import Parser, end
 from zeroseg.errors import ZeroSegError
 
 BATCH = Path(__file__).with_name("batch.py")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate import (
+from zeroseg.evaluation.images import (
     PROTOCOLS,
     Sample,
     any_point,
@@ -20,7 +20,7 @@ from evaluate import (
     run_protocols,
     score,
 )
-from results import (
+from zeroseg.evaluation.tables import (
     best_median_worst,
     bootstrap_interval,
     half_of,

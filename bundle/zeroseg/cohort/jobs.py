@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import _path  # noqa: F401
 from zeroseg.cases import load_prompts
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Case, file_sha256, find_cases

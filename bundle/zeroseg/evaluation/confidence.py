@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-import _path  # noqa: F401
 from zeroseg.attention import Segmentation
 from zeroseg.io import atomic_path
 

@@ -18,13 +18,13 @@ import psutil
 import pytest
 from PIL import Image
 
-import batch
+from zeroseg.cohort import batch
 import dicom_series
 from bad_inputs import OBLIQUE, color, gray, write_nifti
-from case_worker import CaseWorker, build_runner, find_config, parse_settings
-from cohort import FileJob, list_jobs
+from zeroseg.cohort.worker import CaseWorker, build_runner, find_config, parse_settings
+from zeroseg.cohort.jobs import FileJob, list_jobs
 from orthanc import missing, orthanc
-from records import RECORDS, read_record, sole_writer
+from zeroseg.cohort.records import RECORDS, read_record, sole_writer
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.cases import PROMPT_KEYS, TUMOR_PROMPT_KEYS, CaseDataset, CaseRunner
 from zeroseg.errors import ZeroSegError

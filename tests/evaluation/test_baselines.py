@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from baselines import (
+from zeroseg.evaluation.baselines import (
     AUTOMATIC,
     CLICKS,
     all_foreground,

@@ -39,12 +39,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from command_line import Parser, end
-from records import failed, read_record, remove_leftovers, sole_writer
+from zeroseg.cli.parser import Parser, end
+from zeroseg.cohort.records import failed, read_record, remove_leftovers, sole_writer
 from zeroseg.errors import ZeroSegError
 
 if TYPE_CHECKING:  # what is heavy is imported after the arguments are read
-    from cohort import Job
+    from zeroseg.cohort.jobs import Job
 
 
 def main() -> None:
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ZeroSegError: nothing could be begun, or a worker could not load the model.
     """
-    from case_worker import build_runner, find_config, parse_settings
-    from cohort import list_jobs
+    from zeroseg.cohort.worker import build_runner, find_config, parse_settings
+    from zeroseg.cohort.jobs import list_jobs
 
     if args.workers < 1 or args.cpus_per_worker <= 0 or args.gpus_per_worker < 0:
         raise ZeroSegError("--workers must be at least 1, --cpus-per-worker above 0, --gpus-per-worker 0 or more")
@@ -270,7 +270,7 @@ def started_workers(args: argparse.Namespace, *plan: Any) -> Iterator[list[Any]]
         import ray
     except ImportError:
         raise ZeroSegError("Ray is not installed: pip install -r requirements.txt") from None
-    from case_worker import CaseWorker
+    from zeroseg.cohort.worker import CaseWorker
 
     needed = {"CPU": args.workers * args.cpus_per_worker, "GPU": args.workers * args.gpus_per_worker}
     # Ray's sockets need a short path; its logs go with the folder.

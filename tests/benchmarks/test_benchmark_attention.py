@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmark import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, startup
+from benchmark_attention import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, startup
 from zeroseg.attention import aggregate_self_attention, merge_attention
 from zeroseg.attention.merge import KLDistance, merge_to
 

@@ -61,10 +61,9 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
-import _path  # noqa: F401
-from baselines import AUTOMATIC, BRIGHT, CLICKS
-from confidence import image_score, pixel_bins, reliability_diagram
-from results import (
+from zeroseg.evaluation.baselines import AUTOMATIC, BRIGHT, CLICKS
+from zeroseg.evaluation.confidence import image_score, pixel_bins, reliability_diagram
+from zeroseg.evaluation.tables import (
     Parser,
     best_median_worst,
     find_pairs,
@@ -519,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
     """
     if asked_inferer(argv) == "tumor":
-        from evaluate_volumes import main as evaluate_tumours
+        from zeroseg.evaluation.volumes import main as evaluate_tumours
 
         return evaluate_tumours(argv)
     return run_evaluation(parse, evaluate, argv)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-import _path  # noqa: F401
-from confidence import summarise_confidence
+from zeroseg.evaluation.confidence import summarise_confidence
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Case, atomic_path, find_cases
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluate import main
-from evaluate_volumes import absent_rates, load_volume, parse
-from results import find_pairs
+from zeroseg.evaluation.images import main
+from zeroseg.evaluation.volumes import absent_rates, load_volume, parse
+from zeroseg.evaluation.tables import find_pairs
 from tumor_model import save_tiny_model
-from volume_baselines import all_foreground, border_rule, kmeans2, kmeans2_bright, otsu, otsu_bright, suv40
-from volume_metrics import lesions, score_volume, tolerance_of
+from zeroseg.evaluation.volume_baselines import all_foreground, border_rule, kmeans2, kmeans2_bright, otsu, otsu_bright, suv40
+from zeroseg.evaluation.volume_metrics import lesions, score_volume, tolerance_of
 from zeroseg.errors import ZeroSegError
 
 

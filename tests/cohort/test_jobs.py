@@ -10,7 +10,7 @@ from PIL import Image
 
 import dicom_series
 from bad_inputs import color, ct_series, gray
-from cohort import list_jobs
+from zeroseg.cohort.jobs import list_jobs
 from orthanc import missing, orthanc
 from zeroseg.cases import PROMPT_KEYS, TUMOR_PROMPT_KEYS
 from zeroseg.errors import ZeroSegError

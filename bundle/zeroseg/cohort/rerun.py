@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Parser, end
+from zeroseg.cli.parser import Parser, end
 from zeroseg.errors import ZeroSegError
 
 if TYPE_CHECKING:  # what is heavy is imported after the arguments are read
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> tuple[int, int]:
         raise ZeroSegError(f"{args.manifest.name} lists no case {missing[0] if missing else 'that is done'}")
     if args.output_dir.resolve() in (args.dataset_dir.resolve(), args.manifest.resolve().parent):
         raise ZeroSegError("output_dir holds the images or the results to compare with: give another folder")
-    from case_worker import parse_settings
+    from zeroseg.cohort.worker import parse_settings
     from zeroseg.io import find_cases, write_json
 
     runner = rebuild_runner(manifest, parse_settings(args.set), args.output_dir)
@@ -148,7 +148,7 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     """
     import torch
 
-    from case_worker import build_runner, find_config
+    from zeroseg.cohort.worker import build_runner, find_config
 
     given, described = dict(settings), manifest["backbone"]
     if described.get("dtype") in ("fp32", "bf16", "fp16"):

@@ -11,9 +11,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-import _path
-from cohort import Job
-from records import digest, failed, read_record, record_path
+from zeroseg.cohort.jobs import Job
+from zeroseg.cohort.records import digest, failed, read_record, record_path
 from zeroseg.cases import CaseRunner
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import write_json

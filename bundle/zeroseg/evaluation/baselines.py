@@ -16,7 +16,6 @@ from skimage.measure import label
 from skimage.segmentation import random_walker, slic
 from sklearn.cluster import KMeans
 
-import _path  # noqa: F401
 from zeroseg.attention.prepare import to_three_channels
 
 CLICK_RADIUS = 2  # a click stands for the 5 x 5 pixels around it

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import _path  # noqa: F401
 from zeroseg.errors import ZeroSegError
 
 

@@ -57,7 +57,6 @@ from skimage.transform import resize
 from torch import Tensor
 from tqdm import tqdm
 
-import _path  # noqa: F401
 from train_backbone import build_tokenizer
 from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_attention, label_map, merge_attention
 from zeroseg.attention.merge import anchor_indices, merge_to
