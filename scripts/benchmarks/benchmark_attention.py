@@ -57,7 +57,6 @@ from skimage.transform import resize
 from torch import Tensor
 from tqdm import tqdm
 
-from train_backbone import build_tokenizer
 from zeroseg.attention import AttentionSegmentationInferer, aggregate_self_attention, label_map, merge_attention
 from zeroseg.attention.merge import anchor_indices, merge_to
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
@@ -65,6 +64,7 @@ from zeroseg.backbones.frozen import DTYPES
 from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import versions, write_json
+from zeroseg.places import MODELS
 
 MB = 1e6
 
@@ -84,7 +84,7 @@ class RandomStableDiffusion(StableDiffusionBackbone):
 
     def _load(self) -> None:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
         self.device, self.dtype = pick_device(self._device_name), DTYPES[self._dtype_name]
         widths, width, layers = ((32, 64, 64, 64), 32, 1) if self.tiny else ((320, 640, 1280, 1280), 768, 12)
@@ -118,8 +118,7 @@ class RandomStableDiffusion(StableDiffusionBackbone):
         if self.dtype != torch.float32:
             networks = [net.to(self.dtype) for net in networks]
         self.vae, self.unet, self.text_encoder = networks
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer = build_tokenizer(["a photograph of cells"], Path(folder))
+        self.tokenizer = CLIPTokenizer.from_pretrained(MODELS / "attention" / "tokenizer", model_max_length=77)
         self.schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.alphas = self.schedule.alphas_cumprod.to(self.device, torch.float32)
         self.name, self.weights, self.fingerprint = "random", {}, "random"
@@ -295,19 +294,18 @@ def read_and_write(inferer: AttentionSegmentationInferer, image: np.ndarray) -> 
 def startup(backbone: str, size: int) -> dict[str, float]:
     """Seconds of a fresh process to the imported package, and to its first mask."""
     code = (
-        "import sys, time; start = time.perf_counter(); sys.path.insert(0, sys.argv[1])\n"
+        "import sys, time; start = time.perf_counter()\n"
         "import numpy\n"
         "from zeroseg.attention import AttentionSegmentationInferer\n"
         "from zeroseg.backbones import StableDiffusionBackbone\n"
-        "imported = time.perf_counter(); backbone = StableDiffusionBackbone(sys.argv[2], device='cpu')\n"
-        "inferer = AttentionSegmentationInferer(backbone, resolution=int(sys.argv[3]))\n"
-        "inferer.segment(numpy.load(sys.argv[4]))\n"
+        "imported = time.perf_counter(); backbone = StableDiffusionBackbone(sys.argv[1], device='cpu')\n"
+        "inferer = AttentionSegmentationInferer(backbone, resolution=int(sys.argv[2]))\n"
+        "inferer.segment(numpy.load(sys.argv[3]))\n"
         "print(imported - start, time.perf_counter() - start)"
     )
-    bundle = Path(__file__).resolve().parents[1] / "bundle"
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "image.npy", sample_image(size))
-        command = [sys.executable, "-c", code, bundle, backbone, size, Path(folder) / "image.npy"]
+        command = [sys.executable, "-c", code, backbone, size, Path(folder) / "image.npy"]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     first, last = map(float, done.stdout.split()[-2:])
     return {"startup_import_s": first, "startup_first_mask_s": last}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Measure how a cohort scales with workers: cases per minute, model loading and input/output apart.
 
-    python scripts/benchmark_batch.py --workers 1 2 --cases 24 --json scaling.json
-    python scripts/benchmark_batch.py --input CASES -- --config inference_tumor.yaml --set organ=liver
+    python scripts/benchmarks/benchmark_batch.py --workers 1 2 --cases 24 --json scaling.json
+    python scripts/benchmarks/benchmark_batch.py --input CASES -- --config inference_tumor.yaml --set organ=liver
 
-Measured: batch.py itself, once per number of workers, each worker with one core; by default on copies of an image of
-scikit-image. What follows ``--`` goes to batch.py.
+Measured: zeroseg batch itself, once per number of workers, each worker with one core; by default on copies of an image of
+scikit-image. What follows ``--`` goes to it.
   start_s         from the first process started to the first model loaded: Ray, imports, weights; once per run
   load_s          of that, a worker's model
   case_s          median seconds of a case in its worker
@@ -39,16 +39,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zeroseg.cli.parser import Parser, end
+from zeroseg.cli.parser import Parser, guarded
 from zeroseg.errors import ZeroSegError
 
-BATCH = Path(__file__).with_name("batch.py")
 CASES_A_WORKER = 200
 """Simulated cases per worker: enough that the model's loading and the last cases hardly count."""
 
 
-def main() -> None:
-    end(_main)
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    return guarded(_main)
 
 
 def _main() -> int:
@@ -64,7 +64,7 @@ def _main() -> int:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="to measure (default %(default)s)")
     parser.add_argument("--cases", type=int, default=24, help="copies of the sample image (default %(default)s)")
     parser.add_argument("--input", type=Path, help="a folder or CSV of your own instead")
@@ -72,7 +72,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--simulate", type=int, nargs="*", default=[1, 2, 4, 16, 64, 256], help="workers (default %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument("options", nargs="*", help="after --: options of batch.py")
+    parser.add_argument("options", nargs="*", help="after --: options of zeroseg batch")
     return parser.parse_args(arguments)
 
 
@@ -93,9 +93,21 @@ def measure(images: Path, output: Path, workers: int, options: Sequence[str]) ->
     """Run the cohort with so many workers, and once more to skip it; returns the figures of the module's text.
 
     Raises:
-        ZeroSegError: batch.py failed.
+        ZeroSegError: zeroseg batch failed.
     """
-    command = [sys.executable, BATCH, images, "--output_dir", output, "--workers", workers, "--cpus-per-worker", 1]
+    command = [
+        sys.executable,
+        "-m",
+        "zeroseg",
+        "batch",
+        images,
+        "--output-dir",
+        output,
+        "--workers",
+        workers,
+        "--cpus-per-worker",
+        1,
+    ]
     manifests = []
     for _ in range(2):
         environment = {
@@ -103,7 +115,7 @@ def measure(images: Path, output: Path, workers: int, options: Sequence[str]) ->
         }  # Ray sets it to the worker's cores
         done = subprocess.run([*map(str, command), *options], env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:
-            raise ZeroSegError(f"batch.py ended with {done.returncode}; its reasons are above")
+            raise ZeroSegError(f"zeroseg batch ended with {done.returncode}; its reasons are above")
         manifests.append(json.loads((output / "manifest.json").read_text()))
     first, second = manifests
     seconds = [entry["seconds"] for entry in first["cases"]]
@@ -164,4 +176,4 @@ def show(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

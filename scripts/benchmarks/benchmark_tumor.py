@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Measure what a tumour segmentation costs: seconds and peak memory per stage and per network pass.
 
-    python scripts/benchmark_tumor.py                              compact shape, 64^3 and 128^3 voxels
-    python scripts/benchmark_tumor.py --shape maisi --size 64      MAISI's full size
-    python scripts/benchmark_tumor.py --json figures.json
+    python scripts/benchmarks/benchmark_tumor.py                              compact shape, 64^3 and 128^3 voxels
+    python scripts/benchmarks/benchmark_tumor.py --shape maisi --size 64      MAISI's full size
+    python scripts/benchmarks/benchmark_tumor.py --json figures.json
 
 Weights are random, nothing is downloaded: time does not depend on them, masks mean nothing. The volume is noise at the
 model's own spacing, so that no resampling takes part. Each pass runs once after one pass on a small volume:
@@ -25,12 +25,12 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import torch
+from benchmark_attention import MB, PeakMemory, add_machine_options, machine_context, timed
 from tqdm import tqdm
 
-from benchmark_attention import MB, PeakMemory, add_machine_options, machine_context, timed
-from zeroseg.evaluation.tables import markdown_rows
 from zeroseg.backbones.maisi import COMPACT, MAISI_RFLOW, MaisiBackbone
 from zeroseg.errors import ZeroSegError
+from zeroseg.evaluation.tables import markdown_rows
 from zeroseg.io import write_json
 from zeroseg.tumor import AovaAdapters
 from zeroseg.tumor.aova import aova_map, encode_features, healthy_margin_loss

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Load a running server with several clients at once, and report failures, latencies and memory.
 
-    python scripts/serve.py &
-    python scripts/soak.py http://127.0.0.1:8000 --seconds 300 --clients 8
+    zeroseg serve &
+    python scripts/benchmarks/soak.py http://127.0.0.1:8000 --seconds 300 --clients 8
 
 Every client asks for clicks and automatic masks on images of the datastore; one more asks for /info all the time. A request has
 failed when it is answered with anything but 200. Exit code 1 when one has.

@@ -6,8 +6,8 @@ PET, endoscopy, fundus, and abstract "dead leaves") drawn from random shapes, te
 teach the embedded backbone what an object is and what words mean, without any real patient or annotation.
 A phantom is reproducible from its seed: ``make_phantom(seed)`` always draws the same image.
 
-    python scripts/phantoms.py --count 36 --out out/phantoms.png     # look at them
-    python scripts/phantoms.py --volumes 24 --out out/volumes        # volumes, see phantoms3d.py
+    python scripts/training/phantoms.py --count 36 --out out/phantoms.png     # look at them
+    python scripts/training/phantoms.py --volumes 24 --out out/volumes        # volumes, see phantoms3d.py
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Four scenes (limb, abdomen, chest, head) in millimetres, each drawn as a map of 
 HU, signal or SUV, with marbling, bias field, blur and noise. They teach the embedded 3-D model what healthy bodies look like and
 the adapters what a lesion is. A phantom is reproducible from its seed: ``make_volume(seed)`` always draws the same one.
 
-    python scripts/phantoms.py --volumes 24 --out out/volumes      # images/, masks/, cases.json
+    python scripts/training/phantoms.py --volumes 24 --out out/volumes      # images/, masks/, cases.json
 
 Some kinds of lesion (``HELD_OUT``) are never drawn for training: they measure what the model does with the unseen.
 """

@@ -9,7 +9,7 @@ an AutoencoderKL (factor 4), a text encoder (CLIP text architecture), and a UNet
 Only images whose terms allow it are used: a folder named in ``SOURCES`` must carry an allowed licence (chest X-rays row by
 row); any other folder has to be passed as ``--extra FOLDER=CAPTION`` by someone who has read its licence.
 
-    python scripts/train_backbone.py --images UNLABELLED_DIR --work runs/attention --out bundle/models/attention
+    python scripts/training/train_backbone.py --images UNLABELLED_DIR --work runs/attention --out bundle/models/attention
 
 The run resumes from ``--work`` when it is called again.
 """
@@ -19,11 +19,10 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import hashlib
 import json
 import os
 import platform
-import time
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from phantoms import SCENES, make_phantom
+from phases import Phases, Schedule, averaged
 from PIL import Image
 from tqdm import tqdm
 
-from phantoms import SCENES, make_phantom
+from zeroseg.backbones.weights import write_sums
 
 ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")
 
@@ -238,23 +239,30 @@ def build_networks(vocab_size: int, seed: int):
 
 
 class Trainer:
-    """Two phases (autoencoder, then diffusion), each resumable from ``work/state.pt``."""
+    """Two phases (autoencoder, then diffusion), each resumable; see ``phases``."""
 
     def __init__(self, args: argparse.Namespace, corpus: Corpus):
         self.args, self.corpus = args, corpus
         self.device = torch.device(args.device)
         self.work = Path(args.work)
-        self.work.mkdir(parents=True, exist_ok=True)
         self.tokenizer = self._tokenizer()
         self.vae, self.text, self.unet, self.scheduler = build_networks(len(self.tokenizer), args.seed)
         for net in (self.vae, self.text, self.unet):
             net.to(self.device, memory_format=torch.channels_last if net is not self.text else torch.preserve_format)
-        self.ema = {k: v.detach().clone() for k, v in self._diffusion_parameters()}
-        self.state = {"vae_step": 0, "unet_step": 0, "samples": 0, "seconds": 0.0, "log": []}
-        self._optimizer_of = None  # the phase whose optimizer state the checkpoint holds
-        self.checkpoint = self.work / "state.pt"
-        if self.checkpoint.exists():
-            self._load()
+        self.averages = {name: averaged(getattr(self, name), 0.999) for name in ("unet", "text")}
+        networks = {"vae": self.vae, "text": self.text, "unet": self.unet}
+        networks |= {f"average_{name}": average for name, average in self.averages.items()}
+        self.phases = Phases(
+            networks,
+            self.work,
+            Schedule(warm_up=200, decay=0.2, floor=0.05),
+            seed=args.seed,
+            save_every=args.save_every,
+            log_every=100,
+            smoothing=0.99,
+            device=self.device,
+        )
+        self.state = self.phases.state
 
     def _tokenizer(self):
         from transformers import CLIPTokenizer
@@ -264,76 +272,10 @@ class Trainer:
             return CLIPTokenizer.from_pretrained(folder)
         return build_tokenizer(self.corpus.captions(), folder)
 
-    def _diffusion_parameters(self):
-        yield from ((f"unet.{k}", p) for k, p in self.unet.named_parameters())
-        yield from ((f"text.{k}", p) for k, p in self.text.named_parameters())
-
-    def _save(self, optimizer) -> None:
-        payload = {
-            "state": self.state,
-            "vae": self.vae.state_dict(),
-            "unet": self.unet.state_dict(),
-            "text": self.text.state_dict(),
-            "ema": self.ema,
-            "optimizer": optimizer.state_dict() if optimizer else None,
-        }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(payload, part)
-        part.replace(self.checkpoint)
-
-    def _load(self) -> None:
-        payload = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        self.state = payload["state"]
-        self.vae.load_state_dict(payload["vae"])
-        self.unet.load_state_dict(payload["unet"])
-        self.text.load_state_dict(payload["text"])
-        self.ema = payload["ema"]
-        self._optimizer_state = payload["optimizer"]
-        self._optimizer_of = "unet" if self.state["unet_step"] else "vae"
-        print(f"resumed at vae step {self.state['vae_step']}, unet step {self.state['unet_step']}")
-
-    def _phase(self, name: str, steps: int, parameters, lr: float, loss_of):
-        """Run one phase to ``steps``: AdamW, warm-up, linear decay over the last fifth, bf16 autocast."""
-        start = self.state[f"{name}_step"]
-        if start >= steps:
-            return
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        if start and self._optimizer_of == name:
-            optimizer.load_state_dict(self._optimizer_state)
-        rng = np.random.default_rng([self.args.seed, start, len(name)])
-        torch.manual_seed(self.args.seed + start)
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-        mean, tick = None, time.monotonic()
-        for step in bar:
-            scale = min(1, (step + 1) / 200, max(0.05, (steps - step) / (0.2 * steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32):
-                loss = loss_of(rng, step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            if name == "unet":
-                decay = min(0.999, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    for key, p in self._diffusion_parameters():
-                        self.ema[key].lerp_(p, 1 - decay)
-            mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
-            self.state[f"{name}_step"] = step + 1
-            now = time.monotonic()
-            self.state["seconds"] += now - tick
-            tick = now
-            if (step + 1) % 100 == 0:
-                bar.set_postfix(loss=f"{mean:.4f}")
-                self.state["log"].append([name, step + 1, round(mean, 5)])
-            if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
-                self._save(optimizer)
-
     def train_vae(self) -> None:
         args = self.args
 
-        def loss_of(rng, step):
+        def loss_of(rng):
             images, _ = self.corpus.batch(rng, args.vae_batch, args.vae_size)
             images = images.to(self.device, memory_format=torch.channels_last)
             posterior = self.vae.encode(images).latent_dist
@@ -342,7 +284,7 @@ class Trainer:
             kl = posterior.kl().mean() / posterior.mean[0].numel()
             return (decoded - images).abs().mean() + 0.5 * edges + args.kl_weight * kl
 
-        self._phase("vae", args.vae_steps, list(self.vae.parameters()), 1e-3, loss_of)
+        self.phases.run("vae", args.vae_steps, self.vae.parameters(), 1e-3, loss_of, bf16=not args.fp32)
         self.scale_latents()
         self.vae.requires_grad_(False).eval()
 
@@ -361,14 +303,13 @@ class Trainer:
     def train_unet(self) -> None:
         args = self.args
         alphas = self.scheduler.alphas_cumprod.to(self.device)
-        parameters = [p for _, p in self._diffusion_parameters()]
 
-        def loss_of(rng, step):
+        def loss_of(rng):
             large = rng.random() < args.large_share  # some batches at the size that is read later
             size, count = (2 * args.size, max(1, args.batch // 4)) if large else (args.size, args.batch)
             images, captions = self.corpus.batch(rng, count, size)
             captions = ["" if rng.random() < 0.1 else c for c in captions]
-            self.state["samples"] += count
+            self.state["samples"] = self.state.get("samples", 0) + count
             with torch.no_grad():
                 images = images.to(self.device, memory_format=torch.channels_last)
                 latents = self.vae.encode(images).latent_dist.mean.float() * self.vae.config.scaling_factor
@@ -383,19 +324,25 @@ class Trainer:
             weight = snr.clamp(max=5) / (snr + 1)  # min-SNR weighting, Hang et al. 2023, for v-prediction
             return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean() / weight.mean()
 
-        self._phase("unet", args.unet_steps, parameters, args.lr, loss_of)
+        self.phases.run(
+            "unet",
+            args.unet_steps,
+            [*self.unet.parameters(), *self.text.parameters()],
+            args.lr,
+            loss_of,
+            averages=[(average, getattr(self, name)) for name, average in self.averages.items()],
+            bf16=not args.fp32,
+        )
 
     def export(self, out: Path) -> None:
         """Write the EMA weights as a Stable Diffusion folder: float16 safetensors under 20 MB each, sums, summary."""
         from diffusers import StableDiffusionPipeline
 
-        for key, p in self._diffusion_parameters():
-            p.data.copy_(self.ema[key])
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
-            text_encoder=self.text,
+            text_encoder=self.averages["text"].module,
             tokenizer=self.tokenizer,
-            unet=self.unet,
+            unet=self.averages["unet"].module,
             scheduler=self.scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -405,23 +352,21 @@ class Trainer:
             out, safe_serialization=True, max_shard_size="20MB"
         )
         summary = {
-            "command": "python scripts/train_backbone.py "
+            "command": "python scripts/training/train_backbone.py "
             + " ".join("UNLABELLED_DIR" if word in self.args.images else word for word in self.args.command),
             "date": datetime.date.today().isoformat(),
             "hardware": f"{self.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "images": {**self.corpus.counts, "phantoms": len(self.corpus.phantoms)},
             "phantom_kinds": list(SCENES),
             "parameters": {n: sum(p.numel() for p in getattr(self, n).parameters()) for n in ("vae", "text", "unet")},
-            "vae_steps": self.state["vae_step"],
-            "unet_steps": self.state["unet_step"],
-            "unet_samples": self.state["samples"],
+            "vae_steps": self.phases.steps("vae"),
+            "unet_steps": self.phases.steps("unet"),
+            "unet_samples": self.state.get("samples", 0),
             "hours": round(self.state["seconds"] / 3600, 2),
             "loss": self.state["log"][:: max(1, len(self.state["log"]) // 60)],
         }
         (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-        files = sorted(p for p in out.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
-        sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(out).as_posix()}" for p in files]
-        (out / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+        write_sums(out)
         print(f"wrote {out}")
 
 
@@ -468,8 +413,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint and stop")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args(argv)
-    import sys
-
     args.command = sys.argv[1:] if argv is None else argv
     corpus = Corpus(find_folders(args), args.phantoms, args.seed, Path(args.work) / "phantoms.npz")
     print(f"images: {corpus.counts}, phantoms: {len(corpus.phantoms)}")

@@ -7,7 +7,7 @@ brings different wordings of one meaning of the prompt grammar together; a diffu
 flow) on the latents of mostly healthy material, so that what it inpaints is healthy. The adapters, which do read masks,
 are trained on the result by ``configs/train_tumor.yaml``.
 
-    python scripts/train_tumor_backbone.py [--real mr=FOLDER] --work runs/tumor --out bundle/models/tumor
+    python scripts/training/train_tumor_backbone.py [--real mr=FOLDER] --work runs/tumor --out bundle/models/tumor
 
 ``FOLDER`` holds NIfTI volumes whose terms allow training; who gives it has read them. The run resumes from ``--work`` when it is
 called again, and ``--export-only`` writes what there is.
@@ -22,7 +22,6 @@ import json
 import platform
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +29,14 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from phantoms3d import SPACING, make_volume
+from phases import Phases, Schedule, averaged
 from tqdm import tqdm
 
-from phantoms3d import SPACING, make_volume
 from zeroseg.backbones.maisi import COMPACT, build_autoencoder, build_unet, make_scheduler, spacing_condition
+from zeroseg.backbones.weights import write_sums
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.prompts import MODALITIES, ORGANS, TEMPLATES, grammar
-from zeroseg.tumor.training import write_sums
 
 UNKNOWN = "unknown"
 TEXT_DIM = 64
@@ -138,95 +138,37 @@ def sentences(rng: np.random.Generator, count: int) -> tuple[list[str], list[tup
 
 
 class Trainer:
-    """Four phases, each resumable from ``work/state.pt``."""
+    """Four phases, each resumable; see ``phases``."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = torch.device(args.device)
-        self.work = Path(args.work)
-        self.work.mkdir(parents=True, exist_ok=True)
         self.config = copy.deepcopy(COMPACT)
         torch.manual_seed(args.seed)
         self.autoencoder = build_autoencoder(self.config).to(self.device)
         self.unet = build_unet(self.config).to(self.device)
         self.tokenizer, self.text = build_text_encoder(args.seed)
         self.text.to(self.device)
-        self.ema = {k: v.detach().clone() for k, v in self.unet.named_parameters()}
-        self.state = {
-            "vae_step": 0,
-            "text_step": 0,
-            "unet_step": 0,
-            "decoder_step": 0,
-            "seconds": 0.0,
-            "log": [],
-            "commands": [],
-        }
-        self._optimizer_of = self._optimizer_state = None
-        self.checkpoint = self.work / "state.pt"
-        if self.checkpoint.exists():
-            self._load()
-
-    def _save(self, name: str, optimizer) -> None:
-        payload = {
-            "state": self.state,
-            "autoencoder": self.autoencoder.state_dict(),
-            "unet": self.unet.state_dict(),
-            "text": self.text.state_dict(),
-            "ema": self.ema,
-            "optimizer": optimizer.state_dict(),
-            "optimizer_of": name,
-        }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(payload, part)
-        part.replace(self.checkpoint)
-
-    def _load(self) -> None:
-        payload = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        self.state, self.ema = {**self.state, **payload["state"]}, payload["ema"]
-        for name in ("autoencoder", "unet", "text"):
-            getattr(self, name).load_state_dict(payload[name])
-        self._optimizer_state, self._optimizer_of = payload["optimizer"], payload["optimizer_of"]
-        print("resumed at", {k: v for k, v in self.state.items() if k.endswith("step")})
+        self.average = averaged(self.unet, 0.998)
+        self.phases = Phases(
+            {"autoencoder": self.autoencoder, "unet": self.unet, "text": self.text, "average": self.average},
+            Path(args.work),
+            Schedule(warm_up=50, decay=1 / 3, floor=0.03),
+            seed=args.seed,
+            save_every=args.save_every,
+            log_every=50,
+            smoothing=0.98,
+            device=self.device,
+        )
+        self.state = self.phases.state
 
     def _phase(self, name: str, steps: int, network: torch.nn.Module, lr: float, loss_of) -> None:
-        """Run one phase to ``steps``: AdamW, warm-up, linear decay over the last third, bf16 autocast."""
-        start = self.state[f"{name}_step"]
-        if start >= steps:
-            return
-        parameters = list(network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-        if start and self._optimizer_of == name:
-            optimizer.load_state_dict(self._optimizer_state)
-        self.state["commands"].append(self.args.shown)
-        rng = np.random.default_rng([self.args.seed, start, len(name)])
-        torch.manual_seed(self.args.seed + start)
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-        mean, tick = None, time.monotonic()
-        for step in bar:
-            scale = min(1, (step + 1) / 50, max(0.03, 3 * (steps - step) / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.fp32 and name != "text"):
-                loss = loss_of(rng)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            if name == "unet":
-                decay = min(0.998, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    for key, p in network.named_parameters():
-                        self.ema[key].lerp_(p, 1 - decay)
-            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-            self.state[f"{name}_step"] = step + 1
-            now = time.monotonic()
-            self.state["seconds"] += now - tick
-            tick = now
-            if (step + 1) % 50 == 0:
-                bar.set_postfix(loss=f"{mean:.4f}")
-                self.state["log"].append([name, step + 1, round(mean, 5)])
-            if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
-                self._save(name, optimizer)
+        """Run one phase to ``steps``; what was asked for is remembered."""
+        if self.phases.steps(name) < steps:
+            self.state.setdefault("commands", []).append(self.args.shown)
+        averages = [(self.average, self.unet)] if name == "unet" else []
+        bf16 = not self.args.fp32 and name != "text"
+        self.phases.run(name, steps, network.parameters(), lr, loss_of, averages, bf16)
 
     def train_vae(self, material: list[Material]) -> None:
         """Reconstruction (L1 and L1 of the edges) with a small KL term, on cubes of ``vae_side`` voxels."""
@@ -304,7 +246,7 @@ class Trainer:
     def train_unet(self, material: list[Material]) -> None:
         """Rectified flow: v = x_0 - noise is regressed at uniform times, on crops of the latents."""
         args, total = self.args, self.config["scheduler"]["num_train_timesteps"]
-        if self.state["unet_step"] >= args.unet_steps:
+        if self.phases.steps("unet") >= args.unet_steps:
             return
         scheduler = make_scheduler(self.config)
         latents = self.latents(material)
@@ -340,7 +282,7 @@ class Trainer:
         config = {**self.config, "scale_factor": 1 / self.state.get("latent_std", 1.0), **kept}
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file({k: v.half().contiguous() for k, v in self.autoencoder.state_dict().items()}, out / "autoencoder.safetensors")  # fmt: skip
-        unet = {**self.unet.state_dict(), **self.ema}
+        unet = self.average.module.state_dict()
         save_file({k: v.half().contiguous() for k, v in unet.items()}, out / "unet.safetensors")
         shutil.rmtree(out / "text", ignore_errors=True)
         self.text.save_pretrained(out / "text")
@@ -348,12 +290,12 @@ class Trainer:
         summary = json.loads((out / "training.json").read_text()) if (out / "training.json").is_file() else {}
         log = self.state["log"]
         summary["backbone"] = {
-            "commands": list(dict.fromkeys(self.state["commands"])),
+            "commands": list(dict.fromkeys(self.state.get("commands", []))),
             "date": datetime.date.today().isoformat(),
             "hardware": f"{self.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "volumes": counts,
             "parameters": {n: sum(p.numel() for p in getattr(self, n).parameters()) for n in ("autoencoder", "text", "unet")},
-            "steps": {n: self.state[f"{n}_step"] for n in ("vae", "text", "unet", "decoder")},
+            "steps": {n: self.phases.steps(n) for n in ("vae", "text", "unet", "decoder")},
             "hours": round(self.state["seconds"] / 3600, 2),
             "loss": log[:: max(1, len(log) // 60)],
         }  # fmt: skip
@@ -391,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
-    args.shown = "python scripts/train_tumor_backbone.py " + " ".join(
+    args.shown = "python scripts/training/train_tumor_backbone.py " + " ".join(
         w.split("=")[0] + "=FOLDER" if w in args.real else w for w in given
     )
     trainer = Trainer(args)

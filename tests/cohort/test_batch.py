@@ -21,7 +21,8 @@ from PIL import Image
 from zeroseg.cohort import batch
 import dicom_series
 from bad_inputs import OBLIQUE, color, gray, write_nifti
-from zeroseg.cohort.worker import CaseWorker, build_runner, find_config, parse_settings
+from zeroseg.cohort.worker import CaseWorker
+from zeroseg.configs import build_runner, find_config, parse_settings
 from zeroseg.cohort.jobs import FileJob, list_jobs
 from orthanc import missing, orthanc
 from zeroseg.cohort.records import RECORDS, read_record, sole_writer

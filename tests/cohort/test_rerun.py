@@ -17,7 +17,7 @@ from PIL import Image
 
 from zeroseg.cohort import rerun
 from bad_inputs import OBLIQUE, color, ct_series, gray, write_nifti
-from zeroseg.cohort.worker import build_runner, find_config
+from zeroseg.configs import build_runner, find_config
 from zeroseg.cases import CaseDataset
 from zeroseg.errors import ZeroSegError
 

@@ -46,7 +46,7 @@ def test_the_summary_says_how_it_was_made(trained):
     summary = json.loads((trained[1] / "training.json").read_text())
     assert summary["images"] == {"cells": 6, "phantoms": 12}
     assert (summary["vae_steps"], summary["unet_steps"], summary["unet_samples"]) == (2, 2, 4)
-    assert summary["command"].startswith("python scripts/train_backbone.py --phantoms=12")
+    assert summary["command"].startswith("python scripts/training/train_backbone.py --phantoms=12")
     assert summary["parameters"]["unet"] > summary["parameters"]["text"] > 0
     assert "training.json" in (trained[1] / "SHA256SUMS").read_text()
     assert all(p.stat().st_size < 24e6 for p in trained[1].rglob("*.safetensors"))

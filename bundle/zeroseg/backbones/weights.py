@@ -90,6 +90,13 @@ def verify_sums(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def write_sums(folder: Path) -> None:
+    """List every file of a model folder but its README in ``SHA256SUMS``, as ``verify_sums`` reads it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
+    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
 def fingerprint(hashes: dict[str, str]) -> str:
     """One SHA-256 over the sorted hashes of a weights folder, for manifests and cache keys."""
     return hashlib.sha256("\n".join(f"{h}  {n}" for n, h in sorted(hashes.items())).encode()).hexdigest()

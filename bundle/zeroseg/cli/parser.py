@@ -1,38 +1,51 @@
-"""How the scripts end: what the user can mend is one line and exit code 2. Imports nothing that takes time."""
+"""One way to read options and to end: what the user can mend is one line and exit code 2. Imports nothing that takes time."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from zeroseg.errors import ZeroSegError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line, and shows the text of its script as it was written."""
+    """Shows its description as it was written, takes ``--some_option`` for ``--some-option``, never guesses at shortened
+    options, and raises its errors."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        return super().parse_known_args([*map(hyphens, given[:end]), *given[end:]], namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage.
+
+        Raises:
+            ZeroSegError: always.
+        """
         raise ZeroSegError(f"{message}; --help explains the options")
 
 
-def end(program: Callable[[], int], interrupted: str = "interrupted") -> NoReturn:
-    """Run a program and leave the process with its exit code.
+def hyphens(word: str) -> str:
+    """``--some_option=a_b`` -> ``--some-option=a_b``; what is no option stays."""
+    if not word.startswith("--"):
+        return word
+    name, separator, value = word.partition("=")
+    return name.replace("_", "-") + separator + value
 
-    Args:
-        program: returns the code; an error the user can mend becomes 2, Ctrl-C 130.
-        interrupted: what to say after Ctrl-C.
-    """
+
+def guarded(program: Callable[[], int]) -> int:
+    """Run a program and return its exit code; what the user can mend is one line on stderr and 2, Ctrl-C is 130."""
     try:
-        code = program()
+        return program()
     except ZeroSegError as error:
         print(f"zeroseg: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"zeroseg: {interrupted}", file=sys.stderr)
-        code = 130
-    raise SystemExit(code)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"zeroseg: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130

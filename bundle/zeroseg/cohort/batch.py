@@ -1,29 +1,7 @@
-#!/usr/bin/env python
-"""Segment a cohort: a folder, a CSV of paths, or the series of a DICOMweb server, on several processes or a cluster.
-
-    python scripts/batch.py IMAGES --output_dir OUT --workers 4
-    python scripts/batch.py cohort.csv --output_dir OUT --config inference_tumor.yaml --set organ=liver
-    python scripts/batch.py http://127.0.0.1:8042/dicom-web --output_dir OUT --modality CT --filter StudyDate=20260101-
-
-Every case gets the files that ``python -m monai.bundle run`` writes, and manifest.json lists them all. --set gives any
-setting of the config, as on the bundle's command line. The columns of a CSV: path, and as needed case, select, points,
-labels, box, text (tumour config: organ, tumor, modality).
-
-The same command again takes up where the last one ended: what is done is known by the SHA-256 of its input (DICOMweb: the
-UIDs of its instances), its prompt, the settings and the weights, and is skipped. A case that fails is listed with its
-reason and stays failed until something about it changes or --retry-failed is given. A worker that dies is replaced, and
-its case begun again, once.
-
-Ray runs the workers (one loaded model each) on this machine, reachable from this machine only and with a token of its
-own; --address joins a cluster instead. There the images, the output folder and this repository with its environment must
-lie at the same paths on every node.
-
-Exit code: 0; 2 when something the user can mend went wrong, failed cases included; 130 after Ctrl-C, 143 after SIGTERM.
-"""
+"""A whole cohort on Ray: workers with a model each, what becomes of the jobs, and the manifest of all of them."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import secrets
 import signal
@@ -34,107 +12,106 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-from zeroseg.cli.parser import Parser, end
+from zeroseg.cohort.jobs import Job, list_jobs
 from zeroseg.cohort.records import failed, read_record, remove_leftovers, sole_writer
+from zeroseg.cohort.worker import CaseWorker
+from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
-
-if TYPE_CHECKING:  # what is heavy is imported after the arguments are read
-    from zeroseg.cohort.jobs import Job
+from zeroseg.io import write_json
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    end(
-        lambda: 2 if run(parse_args()) else 0,
-        interrupted="interrupted; finished cases are complete, the same command goes on",
-    )
+@dataclass(frozen=True)
+class Cohort:
+    """What is to be done, and with what.
+
+    Attributes:
+        input: folder, image, ``.csv``, or URL of DICOMweb services.
+        output_dir: folder for the results.
+        config: path of a config, or the name of one of the bundle's.
+        settings: config id -> value.
+        prompts: path of a ``prompts.json``.
+        retry_failed: do failed cases again.
+        filters: DICOM attributes a series of a server must have.
+        workers: processes, each with a model.
+        cpus_per_worker: cores of each; None: this machine's, shared out.
+        gpus_per_worker: GPUs of each; 0 hides them.
+        address: of a Ray cluster; None: this machine.
+    """
+
+    input: str
+    output_dir: Path
+    config: str = "inference.yaml"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompts: str | None = None
+    retry_failed: bool = False
+    filters: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
+    cpus_per_worker: float | None = None
+    gpus_per_worker: float = 0
+    address: str | None = None
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("input", help="folder, image, .csv, or URL of DICOMweb services")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--config", default="inference.yaml", help="of the bundle, or a path (default %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; may be repeated")
-    parser.add_argument("--prompts", help="prompts.json, as the bundle takes it")
-    parser.add_argument("--retry-failed", action="store_true", help="do failed cases again")
-    server = parser.add_argument_group("DICOMweb (a login is taken from ~/.netrc)")
-    server.add_argument("--study", help="study instance UID")
-    server.add_argument("--modality", help="such as CT")
-    server.add_argument(
-        "--filter", action="append", default=[], metavar="KEYWORD=VALUE", help="any attribute, e.g. PatientID=17"
-    )
-    pool = parser.add_argument_group("workers")
-    pool.add_argument("--workers", type=int, default=1, help="processes, each with a model (default %(default)s)")
-    pool.add_argument(
-        "--cpus-per-worker", type=float, help="cores (and threads) of each (default: this machine's, shared out)"
-    )
-    pool.add_argument(
-        "--gpus-per-worker", type=float, default=0, help="GPUs of each, 0.5 for two on one; 0, the default, hides them"
-    )
-    pool.add_argument("--address", help="of a Ray cluster (default: this machine)")
-    args = parser.parse_args(arguments)
-    if args.cpus_per_worker is None:
-        args.cpus_per_worker = max(1, len(os.sched_getaffinity(0)) // max(1, args.workers))
-    return args
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do the whole cohort and return how many cases failed.
+def run(cohort: Cohort) -> Report:
+    """Do the whole cohort; the report says what became of it.
 
     Raises:
         ZeroSegError: nothing could be begun, or a worker could not load the model.
     """
-    from zeroseg.cohort.worker import build_runner, find_config, parse_settings
-    from zeroseg.cohort.jobs import list_jobs
-
-    if args.workers < 1 or args.cpus_per_worker <= 0 or args.gpus_per_worker < 0:
+    if cohort.cpus_per_worker is None:
+        cohort = replace(cohort, cpus_per_worker=max(1, _cores() // max(1, cohort.workers)))
+    if cohort.workers < 1 or cohort.cpus_per_worker <= 0 or cohort.gpus_per_worker < 0:
         raise ZeroSegError("--workers must be at least 1, --cpus-per-worker above 0, --gpus-per-worker 0 or more")
-    if args.address:
-        _check_reachable(args.address)
-    output = args.output_dir.resolve()
-    if Path(args.input).resolve() == output:
+    if cohort.address:
+        _check_reachable(cohort.address)
+    output = cohort.output_dir.resolve()
+    if Path(cohort.input).resolve() == output:
         raise ZeroSegError("output_dir is the input folder: give another one")
-    plan = (find_config(args.config), parse_settings(args.set), output)
+    plan = (find_config(cohort.config), cohort.settings, output)
     keys = build_runner(*plan).prompt_keys  # and a wrong setting is found before anything is started
-    source = (
-        args.input if "://" in args.input else os.path.abspath(args.input)
-    )  # other nodes have other working folders
-    jobs, unused = list_jobs(source, args.prompts, keys, exclude=output, filters=_filters(args))
+    # Other nodes have other working folders.
+    source = cohort.input if "://" in cohort.input else os.path.abspath(cohort.input)
+    jobs, unused = list_jobs(source, cohort.prompts, keys, exclude=output, filters=cohort.filters)
     if unused:
         print(f"zeroseg: warning: prompts for {', '.join(unused)} match no case", file=sys.stderr)
     with ExitStack() as stack:
         stack.enter_context(sole_writer(output))
-        report = Report(args, output, jobs, unused)
+        report = Report(cohort, output, jobs, unused)
         stack.callback(report.write)  # when the workers have ended, whatever ended them
-        workers = stack.enter_context(started_workers(args, *plan, args.retry_failed))
+        workers = stack.enter_context(started_workers(cohort, *plan, cohort.retry_failed))
         for job, result in results(workers, jobs):
             report.add(job, result)
-    return report.summary()
+    report.print_summary()
+    return report
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Report:
     """What became of the jobs: progress on the terminal and the manifest of the run.
 
     Args:
-        args: the command line.
+        cohort: what is done.
         output: folder of the results.
         jobs: all jobs of the cohort, in the manifest's order.
         unused: names of prompts that match no job.
     """
 
-    def __init__(self, args: argparse.Namespace, output: Path, jobs: Sequence[Job], unused: Sequence[str]):
-        self.args, self.output, self.jobs, self.unused = args, output, jobs, unused
+    def __init__(self, cohort: Cohort, output: Path, jobs: Sequence[Job], unused: Sequence[str]):
+        self.cohort, self.output, self.jobs, self.unused = cohort, output, jobs, unused
         self.started = time.gmtime()
-        self.begun = self.ready = self.last = (
-            time.perf_counter()
-        )  # ready: the first model is loaded; last: answer of a job
+        # ready: the first model is loaded; last: answer of a job
+        self.begun = self.ready = self.last = time.perf_counter()
         self.header: dict[str, Any] | None = None
+        self.manifest: dict[str, Any] | None = None
         self.fingerprint = ""
         self.load_seconds: list[float] = []
         self.entries: dict[str, list[dict]] = {}
@@ -169,8 +146,6 @@ class Report:
 
     def write(self) -> None:
         """Write the manifest of all that is done, in earlier runs with the same settings too."""
-        from zeroseg.io import write_json
-
         self.bar.close()
         remove_leftovers(self.output)
         if self.header is None:  # no model was loaded: what an earlier run wrote stands
@@ -181,14 +156,14 @@ class Report:
             if found is None and (record := read_record(self.output, job.stem)) is not None:
                 found = record["entries"] if record["fingerprint"] == self.fingerprint else None
             entries += found or []
-        manifest = {
+        self.manifest = {
             **self.header,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", self.started),
             "unused_prompts": list(self.unused),
             "batch": {
-                "workers": self.args.workers,
-                "cpus_per_worker": self.args.cpus_per_worker,
-                "gpus_per_worker": self.args.gpus_per_worker,
+                "workers": self.cohort.workers,
+                "cpus_per_worker": self.cohort.cpus_per_worker,
+                "gpus_per_worker": self.cohort.gpus_per_worker,
                 "load_seconds": self.load_seconds,
                 "start_seconds": round(self.ready - self.begun, 3),
                 "work_seconds": round(max(0.0, self.last - self.ready), 3),
@@ -196,17 +171,16 @@ class Report:
             },
             "cases": entries,
         }
-        write_json(self.output / "manifest.json", manifest)
+        write_json(self.output / "manifest.json", self.manifest)
 
-    def summary(self) -> int:
-        """Print the result and return the number of failed cases."""
+    def print_summary(self) -> None:
+        """Say how many cases were segmented, and where the results are."""
         total = sum(len(entries) for entries in self.entries.values())
         before = f" ({self.skipped} known from before)" if self.skipped else ""
         retry = "; --retry-failed does the failed ones again" if self.failed else ""
         print(
             f"{total - self.failed} of {total} cases segmented{before}; results and manifest.json are in {self.output}{retry}"
         )
-        return self.failed
 
 
 def results(workers: Sequence[Any], jobs: Sequence[Job]) -> Iterator[tuple[Job | None, dict[str, Any]]]:
@@ -250,18 +224,18 @@ def results(workers: Sequence[Any], jobs: Sequence[Job]) -> Iterator[tuple[Job |
 
 
 @contextmanager
-def started_workers(args: argparse.Namespace, *plan: Any) -> Iterator[list[Any]]:
+def started_workers(cohort: Cohort, *plan: Any) -> Iterator[list[Any]]:
     """Start Ray, or join it, and one ``CaseWorker`` process per worker; all ends with the block.
 
     Args:
-        args: ``workers``, ``cpus_per_worker``, ``gpus_per_worker`` and ``address``.
+        cohort: of which ``workers``, ``cpus_per_worker`` (given), ``gpus_per_worker`` and ``address`` count.
         plan: arguments of ``CaseWorker``.
 
     Raises:
         ZeroSegError: there is no Ray, no cluster at that address, or not enough CPUs or GPUs.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if not args.address:
+    if not cohort.address:
         # Ray has no documented option that binds to the loopback interface on Linux, but it does so where it takes the
         # machine for one that cannot be in a cluster. The token keeps other users of this machine out.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -269,10 +243,8 @@ def started_workers(args: argparse.Namespace, *plan: Any) -> Iterator[list[Any]]
     try:
         import ray
     except ImportError:
-        raise ZeroSegError("Ray is not installed: pip install -r requirements.txt") from None
-    from zeroseg.cohort.worker import CaseWorker
-
-    needed = {"CPU": args.workers * args.cpus_per_worker, "GPU": args.workers * args.gpus_per_worker}
+        raise ZeroSegError("Ray is not installed: pip install 'zeroseg[batch]'") from None
+    needed = {"CPU": cohort.workers * cohort.cpus_per_worker, "GPU": cohort.workers * cohort.gpus_per_worker}
     # Ray's sockets need a short path; its logs go with the folder.
     with tempfile.TemporaryDirectory(prefix="zeroseg-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         here = {
@@ -282,10 +254,10 @@ def started_workers(args: argparse.Namespace, *plan: Any) -> Iterator[list[Any]]
             "_temp_dir": folder,
         }
         try:
-            options = {"log_to_driver": False, "logging_level": "ERROR"} | ({} if args.address else here)
-            ray.init(args.address or "local", **options)
+            options = {"log_to_driver": False, "logging_level": "ERROR"} | ({} if cohort.address else here)
+            ray.init(cohort.address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"the cluster at {args.address}" if args.address else "on this machine"
+            where = f"the cluster at {cohort.address}" if cohort.address else "on this machine"
             raise ZeroSegError(f"Ray cannot start: {where}: {str(error).splitlines()[0]}") from error
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray has set its own
         workers: list[Any] = []
@@ -294,15 +266,15 @@ def started_workers(args: argparse.Namespace, *plan: Any) -> Iterator[list[Any]]
             for kind, amount in needed.items():
                 if amount > there.get(kind, 0):
                     raise ZeroSegError(
-                        f"{args.workers} workers need {amount:g} {kind}s, there are {there.get(kind, 0):g}: lower --workers "
+                        f"{cohort.workers} workers need {amount:g} {kind}s, there are {there.get(kind, 0):g}: lower --workers "
                         f"or --{kind.lower()}s-per-worker"
                     )
-            resources = f"{args.cpus_per_worker:g} CPU, {args.gpus_per_worker:g} GPU"
-            print(f"workers: {args.workers}, each with a model of its own, {resources}", flush=True)
+            resources = f"{cohort.cpus_per_worker:g} CPU, {cohort.gpus_per_worker:g} GPU"
+            print(f"workers: {cohort.workers}, each with a model of its own, {resources}", flush=True)
             actor = ray.remote(CaseWorker).options(
-                num_cpus=args.cpus_per_worker, num_gpus=args.gpus_per_worker, max_restarts=-1, max_task_retries=1
+                num_cpus=cohort.cpus_per_worker, num_gpus=cohort.gpus_per_worker, max_restarts=-1, max_task_retries=1
             )
-            workers += [actor.remote(*plan) for _ in range(args.workers)]
+            workers += [actor.remote(*plan) for _ in range(cohort.workers)]
             yield workers
         finally:
             for worker in workers:
@@ -321,17 +293,3 @@ def _check_reachable(address: str) -> None:
         raise ZeroSegError(
             f"no Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}"
         ) from error
-
-
-def _filters(args: argparse.Namespace) -> dict[str, str]:
-    filters = {"StudyInstanceUID": args.study, "Modality": args.modality}
-    for pair in args.filter:
-        keyword, separator, value = pair.partition("=")
-        if not separator:
-            raise ZeroSegError(f"--filter takes KEYWORD=VALUE, such as PatientID=17, not {pair!r}")
-        filters[keyword] = value
-    return {key: value for key, value in filters.items() if value}
-
-
-if __name__ == "__main__":
-    main()

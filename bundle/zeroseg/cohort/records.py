@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zeroseg import io
 from zeroseg.errors import ZeroSegError
 
 RECORDS = ".zeroseg-batch"
@@ -40,10 +41,8 @@ def digest(content: Any) -> str:
 
 def remove_leftovers(output: Path) -> None:
     """Remove the unfinished files of processes that were killed."""
-    from zeroseg.io import remove_unfinished  # here, because it brings numpy along, and --help should not wait for that
-
     for folder in (output, output / RECORDS):
-        remove_unfinished(folder)
+        io.remove_unfinished(folder)
 
 
 @contextmanager
@@ -53,12 +52,10 @@ def sole_writer(output: Path) -> Iterator[None]:
     Raises:
         ZeroSegError: another run holds it, or the folder cannot be written to.
     """
-    from zeroseg.io import sole_writer as hold
-
     try:
         (output / RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ZeroSegError(f"cannot write into the output folder {output}: {error.strerror or error}") from error
-    with hold(output):
+    with io.sole_writer(output):
         remove_leftovers(output)
         yield

@@ -1,36 +1,20 @@
-#!/usr/bin/env python
-"""Run the cases of a manifest again: same settings, prompts, weights and input, and so the same masks.
-
-    python scripts/rerun.py OUT/manifest.json --dataset_dir IMAGES --output_dir AGAIN
-    python scripts/rerun.py OUT/manifest.json --case lesion --dataset_dir IMAGES --output_dir AGAIN --compare
-
-The manifest may come from ``python -m monai.bundle run`` or from batch.py. It holds names and SHA-256 of the input and the
-weights, but no folders: --dataset_dir says where the images are, --set backbone=FOLDER (adapters, text_encoder, ...) where
-weights are that are not the embedded ones. Nothing is run unless settings and weights are those of the manifest, and no
-case whose files have changed.
-
---compare says of every case whether the mask is the same bit for bit. That holds on the same machine; another processor,
-device or library version may round differently, and what differs from the manifest is said.
-
-Exit code: 0; 1 when --compare found a mask that differs; 2 when something the user can mend went wrong.
-"""
+"""Run the cases of a manifest again: same settings, prompts, weights and input, and so the same masks."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zeroseg.cli.parser import Parser, end
+import torch
+
+from zeroseg.cases import CaseRunner
+from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
-
-if TYPE_CHECKING:  # what is heavy is imported after the arguments are read
-    from zeroseg.cases import CaseRunner
-    from zeroseg.io import Case
+from zeroseg.io import Case, file_sha256, find_cases, write_json
 
 CONFIGS = {
     "AttentionSegmentationInferer": "inference.yaml",
@@ -40,68 +24,51 @@ WEIGHTS = ("adapters", "text_encoder")
 """Settings that describe weights: given by --set, and checked."""
 
 
-def main() -> None:
-    end(_main)
-
-
-def _main() -> int:
-    args = parse_args()
-    failed, differing = run(args)
-    return 2 if failed else int(args.compare and differing > 0)
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("manifest", type=Path, help="manifest.json of a run")
-    parser.add_argument("--dataset_dir", required=True, type=Path, help="folder with the images of that run")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--case", action="append", help="only this case; may be repeated (default: all)")
-    parser.add_argument("--compare", action="store_true", help="say whether the masks are the same bit for bit")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="where weights are, or the device; may be repeated",
-    )
-    return parser.parse_args(arguments)
-
-
-def run(args: argparse.Namespace) -> tuple[int, int]:
+def run(
+    manifest_file: Path,
+    dataset_dir: Path,
+    output_dir: Path,
+    only: Sequence[str] | None = None,
+    compare: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[int, int]:
     """Run the cases again; returns how many failed, and how many masks differ from the manifest's.
+
+    Args:
+        manifest_file: ``manifest.json`` of a run.
+        dataset_dir: folder with the images of that run.
+        output_dir: folder for the results.
+        only: names of cases; None: all that were done.
+        compare: say of every case whether the mask is the same bit for bit.
+        settings: config settings that say where weights are, and the device.
 
     Raises:
         ZeroSegError: the manifest, the settings, the weights or the folders are wrong; nothing was run.
     """
-    manifest = read_manifest(args.manifest)
-    entries = [e for e in manifest["cases"] if (e["case"] in args.case if args.case else e["status"] == "done")]
-    missing = sorted(set(args.case or ()) - {entry["case"] for entry in entries})
+    manifest = read_manifest(manifest_file)
+    entries = [e for e in manifest["cases"] if (e["case"] in only if only else e["status"] == "done")]
+    missing = sorted(set(only or ()) - {entry["case"] for entry in entries})
     if missing or not entries:
-        raise ZeroSegError(f"{args.manifest.name} lists no case {missing[0] if missing else 'that is done'}")
-    if args.output_dir.resolve() in (args.dataset_dir.resolve(), args.manifest.resolve().parent):
+        raise ZeroSegError(f"{manifest_file.name} lists no case {missing[0] if missing else 'that is done'}")
+    if output_dir.resolve() in (dataset_dir.resolve(), manifest_file.resolve().parent):
         raise ZeroSegError("output_dir holds the images or the results to compare with: give another folder")
-    from zeroseg.cohort.worker import parse_settings
-    from zeroseg.io import find_cases, write_json
-
-    runner = rebuild_runner(manifest, parse_settings(args.set), args.output_dir)
+    runner = rebuild_runner(manifest, settings or {}, output_dir)
     header = runner.header()
     for name, then, now in differences(manifest, header):
         print(f"zeroseg: {name} was {then}, is {now}: masks may differ in a few voxels", file=sys.stderr)
-    cases = find_cases(args.dataset_dir, exclude=args.output_dir)
+    cases = find_cases(dataset_dir, exclude=output_dir)
     found = [find_input(entry, cases, runner.prompt_keys) for entry in entries]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     again, failed, differing = [], 0, 0
     for entry, case in zip(entries, found, strict=True):
-        new = runner.segment_case(case, entry.get("prompt", {}), args.output_dir)
+        new = runner.segment_case(case, entry.get("prompt", {}), output_dir)
         again.append(new)
         failed += new["status"] == "failed"
         same = new.get("mask_sha256") == entry.get("mask_sha256")
         differing += not same
-        verdict = new.get("reason") or (
-            "done" if not args.compare else f"the mask {'is the same bit for bit' if same else 'DIFFERS'}"
-        )
-        print(f"{entry['case']}: {verdict}", flush=True)
-    write_json(args.output_dir / "manifest.json", {**header, "unused_prompts": [], "cases": again})
+        verdict = f"the mask {'is the same bit for bit' if same else 'DIFFERS'}" if compare else "done"
+        print(f"{entry['case']}: {new.get('reason') or verdict}", flush=True)
+    write_json(output_dir / "manifest.json", {**header, "unused_prompts": [], "cases": again})
     return failed, differing
 
 
@@ -146,10 +113,6 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     Raises:
         ZeroSegError: the settings or the weights cannot be made those of the manifest.
     """
-    import torch
-
-    from zeroseg.cohort.worker import build_runner, find_config
-
     given, described = dict(settings), manifest["backbone"]
     if described.get("dtype") in ("fp32", "bf16", "fp16"):
         given.setdefault("dtype", described["dtype"])
@@ -197,8 +160,6 @@ def find_input(entry: Mapping[str, Any], cases: Sequence[Case], prompt_keys: Seq
     Raises:
         ZeroSegError: no case has files of these names, or theirs have changed.
     """
-    from zeroseg.io import file_sha256
-
     unknown = sorted(set(entry.get("prompt", {})) - set(prompt_keys))
     if unknown:
         raise ZeroSegError(f"{entry['case']}: unknown prompt key {unknown[0]!r}; it takes {', '.join(prompt_keys)}")
@@ -211,7 +172,3 @@ def find_input(entry: Mapping[str, Any], cases: Sequence[Case], prompt_keys: Seq
     if named:
         raise ZeroSegError(f"{entry['case']}: {names} is not what it was: the SHA-256 differs from the manifest's")
     raise ZeroSegError(f"{entry['case']}: no image in dataset_dir is made of {names or 'its files'}")
-
-
-if __name__ == "__main__":
-    main()

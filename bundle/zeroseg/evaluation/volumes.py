@@ -1,35 +1,11 @@
-#!/usr/bin/env python
-"""Measure text-prompted tumour masks against the truth: one folder of volumes (or of 2-D images, as single slices).
-
-    python scripts/evaluate.py --inferer tumor --images DIR --masks DIR --organ limb --text "soft tissue sarcoma" \\
-        --modality ct --ablation --nonsense --out OUT
-
-Rows of the result:
-  tumor            all stages, or those of --stages
-  tumor_aova, tumor_pixel, tumor_feature   with --ablation: AOVA alone; with inpainting and the pixel residual; with
-                   inpainting and the feature residual
-  tumor_steps_N    with --steps: N inpainting steps; also written as steps.csv and steps.png
-  baselines        everything foreground, Otsu, 2-means (*_best_polarity is an oracle over one bit per set), for PET 40 %
-                   of the highest uptake
-A scan is encoded once for all rows; their seconds are encoding plus the row's own prompt.
-
-Dice, IoU, HD95 (mm; the volume's diagonal for an empty prediction) and NSD (normalised surface distance within
---tolerance mm) come from MONAI; lesions are counted as ``volume_metrics.lesions`` says. The answer "absent" is an empty
-mask and scores Dice 0. Cases with an empty mask are healthy: they enter no mean, only how often "absent" is answered.
---nonsense asks every case for what is no tumour as well, and counts the same.
-
-Written to OUT: cases.csv, absent.csv, summary.json, table.md, report.html and report.png (best, median and worst case;
-prediction yellow, truth blue).
-"""
+"""Measuring text-prompted tumour masks against the truth: one folder of volumes (or of 2-D images, as single slices)."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,24 +14,13 @@ import numpy as np
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from zeroseg.evaluation.tables import (
-    Parser,
-    best_median_worst,
-    find_pairs,
-    markdown_rows,
-    methods_of,
-    run_evaluation,
-    summarise_groups,
-    write_csv,
-    write_text,
-)
+from zeroseg.cases import MODALITIES
+from zeroseg.errors import ZeroSegError
+from zeroseg.evaluation.pairs import find_pairs
+from zeroseg.evaluation.summaries import best_median_worst, methods_of, summarise_groups
+from zeroseg.evaluation.tables import markdown_rows, write_csv, write_text
 from zeroseg.evaluation.volume_baselines import AUTOMATIC, BRIGHT, PET
 from zeroseg.evaluation.volume_metrics import METRICS, score_volume, tolerance_of
-from zeroseg.backbones.frozen import DTYPES
-from zeroseg.backbones.maisi import MaisiBackbone
-from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.cases import MODALITIES, TUMOR_PROMPT_KEYS
-from zeroseg.errors import ZeroSegError
 from zeroseg.io import (
     Case,
     atomic_path,
@@ -69,7 +34,6 @@ from zeroseg.io import (
     write_json,
 )
 from zeroseg.tumor import TumorSegmentationInferer
-from zeroseg.tumor.prompts import check_modality
 
 COLUMNS = ("case", "protocol", *METRICS, "seconds")
 ABLATION: dict[str, tuple[str, ...]] = {
@@ -275,11 +239,35 @@ def write_curve(summary: dict, steps: Sequence[int], out: Path) -> None:
     pyplot.close(figure)
 
 
-# A set, and the command line.
+def evaluate_volumes(
+    inferer: TumorSegmentationInferer,
+    images: Path,
+    masks: Path,
+    out: Path,
+    modality: str | None = None,
+    prompts: Mapping[str, Mapping[str, str]] | None = None,
+    half: str = "all",
+    limit: int | None = None,
+    ablation: bool = False,
+    steps: Sequence[int] = (),
+    nonsense: bool = False,
+    tolerance: float | None = None,
+) -> tuple[dict, int]:
+    """Evaluate one folder and write its results to ``out``.
 
-
-def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace) -> tuple[dict, int]:
-    """Evaluate one folder and write its results to ``args.out``.
+    Args:
+        inferer: what is measured, with organ, tumour and weights.
+        images: folder of volumes, or of 2-D images, which count as volumes of one slice.
+        masks: folder of masks with the images' names; an empty one says that the scan is healthy.
+        out: folder to write to.
+        modality: ct, mr or pet; None: what the file says, else guessed.
+        prompts: case -> its own ``organ``, ``tumor`` and ``modality``.
+        half: ``dev``, ``test`` or ``all``.
+        limit: evaluate that many cases at most.
+        ablation: also with fewer stages.
+        steps: numbers of inpainting steps to compare.
+        nonsense: also ask for what is no tumour.
+        tolerance: of the NSD in mm; None: twice the voxel's mean side.
 
     Returns:
         the summary, and how many cases failed.
@@ -287,26 +275,27 @@ def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace
     Raises:
         ZeroSegError: no case could be evaluated.
     """
-    name = args.images.resolve().name if args.images.resolve().name != "images" else args.images.resolve().parent.name
-    pairs, unmatched = find_pairs(args.images, args.masks, args.out, args.half, args.limit)
+    folder = images.resolve()
+    name = folder.name if folder.name != "images" else folder.parent.name
+    pairs, unmatched = find_pairs(images, masks, out, half, limit)
     if unmatched:
         print(f"{name}: {len(unmatched)} images without a mask are left out, e.g. {unmatched[0]}", file=sys.stderr)
-    asked = variants(inferer, args.ablation, args.steps)
-    rows, answers, masks, failed, tolerances = [], [], {}, [], []
+    asked = variants(inferer, ablation, steps)
+    rows, answers, predictions, failed, tolerances = [], [], {}, [], []
     for pair in tqdm(pairs, desc=name, unit="volume"):
         stem = pair[0].stem
         try:
-            own = {"organ": args.organ, "tumor": args.text, "modality": args.modality} | args.prompts.get(stem, {})
+            own = {"organ": inferer.organ, "tumor": inferer.tumor, "modality": modality} | (prompts or {}).get(stem, {})
             volume = load_volume(*pair, own.pop("modality"))
-            tolerance = args.tolerance or tolerance_of(volume.spacing)
+            allowed = tolerance or tolerance_of(volume.spacing)
             with changed(inferer, **own):
-                scored, absent, masks[stem] = run_volume(inferer, volume, asked, tolerance, args.nonsense)
-            scored += run_baselines(volume, tolerance) if scored else []
+                scored, absent, predictions[stem] = run_volume(inferer, volume, asked, allowed, nonsense)
+            scored += run_baselines(volume, allowed) if scored else []
         except ZeroSegError as error:
             failed.append({"case": stem, "error": str(error)})
             tqdm.write(f"{name}: {stem} failed: {error}", file=sys.stderr)
             continue
-        tolerances.append(tolerance)
+        tolerances.append(allowed)
         rows += [{"case": stem} | row for row in scored]
         answers += [{"case": stem} | answer for answer in absent]
     if not answers:
@@ -318,9 +307,9 @@ def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace
             "protocols": list(asked),
             "text": inferer.tumor,
             "organ": inferer.organ,
-            "modality": args.modality,
-            "half": args.half,
-            "limit": args.limit,
+            "modality": modality,
+            "half": half,
+            "limit": limit,
             "tolerance_mm": [min(tolerances), max(tolerances)],
             "inferer": inferer.settings(),
             "failed": failed,
@@ -329,109 +318,21 @@ def evaluate_volumes(inferer: TumorSegmentationInferer, args: argparse.Namespace
         "backbone": inferer.backbone.describe(),
     }
     summary = summarise_groups(rows, run, METRICS)
-    write_csv(args.out / "cases.csv", COLUMNS, [r for r in rows if not r["protocol"].startswith("polarity/")])
-    write_csv(args.out / "absent.csv", ("case", "kind", "text", "absent", "because", "image_probability"), answers)
-    write_json(args.out / "summary.json", summary)
+    write_csv(out / "cases.csv", COLUMNS, [r for r in rows if not r["protocol"].startswith("polarity/")])
+    write_csv(out / "absent.csv", ("case", "kind", "text", "absent", "because", "image_probability"), answers)
+    write_json(out / "summary.json", summary)
     table = volume_table(name, summary)
-    write_text(args.out / "table.md", table)
+    write_text(out / "table.md", table)
     print(table)
-    if rows and args.steps:
-        write_curve(summary, args.steps, args.out)
+    if rows and steps:
+        write_curve(summary, steps, out)
     cases = {pair[0].stem: pair for pair in pairs}
     entries = []
     for place, row in best_median_worst([row for row in rows if row["protocol"] == "tumor"]) if rows else ():
         title = f"{name}, {place}: {row['case']}, Dice {row['dice']:.3f}"
-        volume = load_volume(*cases[row["case"]], args.modality)
-        entries.append((title, picture(volume, masks[row["case"]], title)))
+        volume = load_volume(*cases[row["case"]], modality)
+        entries.append((title, picture(volume, predictions[row["case"]], title)))
     if entries:
-        contact_html(entries, args.out / "report.html", title=f"ZeroSeg on {name}: tumour by text")
-        contact_sheet(entries, args.out / "report.png")
+        contact_html(entries, out / "report.html", title=f"ZeroSeg on {name}: tumour by text")
+        contact_sheet(entries, out / "report.png")
     return summary, len(failed)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        ZeroSegError: an argument is missing, unknown or of a wrong value.
-    """
-    parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inferer", choices=["tumor"], default="tumor", help="this evaluation")
-    parser.add_argument("--protocol", choices=["tumor"], default="tumor", help="the only one")
-    parser.add_argument("--images", type=Path, required=True, help="folder of volumes or 2-D images")
-    parser.add_argument("--masks", type=Path, required=True, help="folder of masks with the images' names")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--organ", default="body", help="where to look (default: body)")
-    parser.add_argument("--text", help="what to look for (default: the organ's first tumour)")
-    parser.add_argument("--modality", help="ct, mr or pet (default: what the file says, else guessed)")
-    parser.add_argument("--prompts", help="JSON of organ, tumor and modality by case, e.g. the cases.json of phantoms")
-    parser.add_argument("--stages", help="comma-separated, of aova, inpaint, pixel, feature (default: all)")
-    parser.add_argument("--ablation", action="store_true", help="also with fewer stages")
-    parser.add_argument(
-        "--steps", default="", help="comma-separated numbers of inpainting steps to compare, e.g. 2,5,20"
-    )
-    parser.add_argument("--nonsense", action="store_true", help="also ask for what is no tumour")
-    parser.add_argument("--tolerance", type=float, help="of the NSD in mm (default: 2 x the voxel's mean side)")
-    parser.add_argument("--backbone", default="embedded", help="embedded, or a folder in that layout")
-    parser.add_argument("--adapters", help="folder of adapters (default: with the backbone)")
-    parser.add_argument("--text-encoder", help="a transformers folder (default: with the backbone)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the frozen model (default: fp32)")
-    parser.add_argument("--half", choices=["dev", "test", "all"], default="all", help="fixed halves of every set")
-    parser.add_argument("--limit", type=int, help="evaluate the first N cases only")
-    args = parser.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        raise ZeroSegError("--limit must be at least 1")
-    if args.tolerance is not None and not args.tolerance > 0:
-        raise ZeroSegError("--tolerance must be a number of mm above 0")
-    args.modality = check_modality(args.modality) if args.modality else None
-    args.prompts = read_prompts(args.prompts) if args.prompts else {}
-    args.stages = [s.strip() for s in args.stages.split(",")] if args.stages else None
-    try:
-        args.steps = sorted({int(s) for s in args.steps.split(",") if s.strip()})
-    except ValueError:
-        raise ZeroSegError(f"--steps must be whole numbers with commas between, not {args.steps!r}") from None
-    if any(not 1 <= count <= 1000 for count in args.steps):
-        raise ZeroSegError("--steps must lie in 1..1000")
-    return args
-
-
-def read_prompts(path: str) -> dict[str, dict[str, str]]:
-    """Case -> its own organ, tumor and modality; other keys, such as a phantom's seed, are left aside.
-
-    Raises:
-        ZeroSegError: the file cannot be read or is not of that form.
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        return {stem: {k: v for k, v in case.items() if k in TUMOR_PROMPT_KEYS and v} for stem, case in found.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ZeroSegError(f"--prompts must be a JSON file of objects by case: {error}") from error
-
-
-def make_inferer(args: argparse.Namespace) -> TumorSegmentationInferer:
-    """The inferer of a command line, its settings checked and its weights loaded."""
-    embedded = args.backbone == "embedded"
-    inferer = TumorSegmentationInferer(
-        MaisiBackbone(args.backbone, device=args.device, dtype=args.dtype),
-        TextEncoder(args.text_encoder or ("embedded" if embedded else str(Path(args.backbone) / "text"))),
-        args.adapters or args.backbone,
-        organ=args.organ,
-        tumor=args.text,
-        **({"stages": args.stages} if args.stages else {}),
-    )
-    inferer.check()
-    return inferer
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        Exit code: 0; or 2 when the arguments were refused or some cases failed (the others are evaluated).
-    """
-    return run_evaluation(parse, lambda args: evaluate_volumes(make_inferer(args), args)[1], argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
