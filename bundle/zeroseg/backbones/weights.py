@@ -12,8 +12,8 @@ from pathlib import Path
 
 from zeroseg.errors import WeightsError
 from zeroseg.hashing import file_sha256
+from zeroseg.places import MODELS
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
@@ -88,6 +88,13 @@ def verify_sums(folder: Path) -> dict[str, str]:
                 msg = f"{name} in {folder.name} does not match its SHA-256: the file is damaged or was changed; copy it again"
                 raise WeightsError(msg)
     return hashes
+
+
+def write_sums(folder: Path) -> None:
+    """List every file of a model folder but its README in ``SHA256SUMS``, as ``verify_sums`` reads it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
+    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def fingerprint(hashes: dict[str, str]) -> str:

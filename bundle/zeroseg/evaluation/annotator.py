@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from scipy import ndimage
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected component of a bool mask (H, W); of equal ones, the first in row-major order."""
+    parts, _ = ndimage.label(mask)
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 
 def depth_inside(region: np.ndarray) -> np.ndarray:
@@ -98,3 +106,30 @@ def scribble(region: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndar
     if not out.any():
         out[innermost(region)] = True
     return out
+
+
+def innermost_point(component: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the pixel furthest from the boundary, see ``innermost``."""
+    y, x = innermost(component)
+    return x, y
+
+
+def any_point(component: np.ndarray, stem: str) -> tuple[int, int]:
+    """(x, y) of a pixel drawn evenly by a hash of the case's name; two pixels or more from the boundary where there are such."""
+    depth = depth_inside(component)
+    candidates = np.argwhere(depth >= min(2.0, float(depth.max())))
+    y, x = candidates[int(hashlib.sha256(f"click {stem}".encode()).hexdigest(), 16) % len(candidates)]
+    return int(x), int(y)
+
+
+def bounding_box(component: np.ndarray) -> list[int]:
+    """[x0, y0, x1, y1] of the outermost pixels, both included; two pixels wide at least, as a box must be."""
+    corners = []
+    for axis in (0, 1):  # columns give x, rows y
+        line = component.any(axis=axis)
+        low, high = np.flatnonzero(line)[[0, -1]].tolist()
+        if low == high:
+            low, high = (low, high + 1) if high + 1 < len(line) else (max(low - 1, 0), high)
+        corners.append((low, high))
+    (x0, x1), (y0, y1) = corners
+    return [x0, y0, x1, y1]
