@@ -1,220 +1,16 @@
-"""One frozen model for all tasks and all viewers, and what it has already seen.
-
-An image is read once and a slice goes through the backbone once; clicks and texts on it are answered from memory. All caches
-forget the least recently used first and stay below a limit in bytes.
-"""
+"""One frozen model for all tasks and all viewers, and what it has already seen."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lib.responsive import stop_if_abandoned
-from zeroseg.attention import AttentionSegmentationInferer, Segmentation
-from zeroseg.attention.inferer import EncodedImage
-from zeroseg.attention.prepare import prepare
+from lib.memory import ByteLimitedCache, CachedInferer
+from lib.sources import OpenImage, read_source, source_of, stamp
+from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import Image, find_cases, read_image, to_unit_range
-
-Value = TypeVar("Value")
-CONVERTED = ".converted"
-"""Folder in a folder of studies that holds DICOM series as NIfTI, for viewers that download an image."""
-MERGING = ("thresholds", "max_segments", "grid")
-"""Settings of the inferer that concern the proposals an encoding keeps, not the encoding."""
-PER_CALL = (
-    *MERGING,
-    "assign",
-    "select",
-    "refine",
-    "text_certainty",
-    "slice_axis",
-    "working_size",
-    "progress",
-    "backbone",
-)
-"""Settings of the inferer that an encoding does not depend on; working_size is fixed, the backbone has its fingerprint."""
-
-
-class ByteLimitedCache(Generic[Value]):
-    """Least-recently-used cache with a limit on bytes in place of entries; safe between threads.
-
-    Args:
-        limit: bytes; an entry larger than the limit is not kept.
-        size_of: bytes an entry takes.
-    """
-
-    def __init__(self, limit: int, size_of: Callable[[Value], int]):
-        self.limit, self.size_of = limit, size_of
-        self.used = 0
-        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: Hashable) -> Value | None:
-        """The entry, now the most recently used one; None when it is not there."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-
-    def put(self, key: Hashable, value: Value) -> None:
-        """Keep an entry, and forget the oldest ones until the limit holds."""
-        size = self.size_of(value)
-        with self._lock:
-            if key in self._entries:
-                self.used -= self._entries.pop(key)[1]
-            if size > self.limit:
-                return
-            self._entries[key] = value, size
-            self.used += size
-            while self.used > self.limit:
-                self.used -= self._entries.popitem(last=False)[1][1]
-
-
-class RecalledEncoding(EncodedImage):
-    """What is left of an encoding when its attention had to go: enough for clicks, which need the paths between tokens only.
-
-    The attention of a slice takes 64 MB for the embedded model, the paths less than 1 MB: a click that follows an object
-    through a hundred slices is answered from memory all the same. A prompt that needs the attention runs the backbone again.
-    """
-
-    def __init__(self, encoded: EncodedImage, again: Callable[[], EncodedImage]):
-        self.image, self.size, self.latents = encoded.image, encoded.size, encoded.latents
-        self.seconds, self._side, self._again = {}, encoded.side, again
-        self._paths, self._full = encoded.paths, None
-
-    @property
-    def full(self) -> EncodedImage:
-        if self._full is None:
-            self._full = self._again()
-        return self._full
-
-    attention = property(lambda self: self.full.attention)
-    distance = property(lambda self: self.full.distance)
-    side = property(lambda self: self._side)
-    paths = property(lambda self: self._paths)
-    _proposals = property(
-        lambda self: self.full._proposals, lambda self, value: setattr(self.full, "_proposals", value)
-    )
-    _probe = property(lambda self: self.full._probe, lambda self, value: setattr(self.full, "_probe", value))
-
-
-class CachedInferer(AttentionSegmentationInferer):
-    """The bundle's inferer with a memory for encodings, keyed by image content, backbone and settings.
-
-    Args:
-        limit: bytes of whole encodings; a tenth of it is for the remains that serve clicks.
-        settings: of the bundle's inferer.
-    """
-
-    def __init__(self, limit: int, **settings: Any):
-        super().__init__(**settings)
-        self.encodings: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit, _bytes_of_encoding)
-        self.remains: ByteLimitedCache[RecalledEncoding] = ByteLimitedCache(limit // 10, _bytes_of_remains)
-
-    def settings(self) -> dict:
-        return {k: v for k, v in super().settings().items() if k not in ("encodings", "remains")}
-
-    def encode_prepared(self, full: Tensor) -> EncodedImage:
-        """``encode_prepared`` of the bundle, or its earlier answer; stops where nobody waits for the answer any more."""
-        stop_if_abandoned()
-        self.check()
-        full = full.contiguous()  # a copy, unless it is the image itself: a view would keep its whole volume in memory
-        content = hashlib.sha256(full.cpu().numpy()).hexdigest()
-        settings = tuple((k, str(v)) for k, v in sorted(self.settings().items()) if k not in PER_CALL)
-        key = (content, tuple(full.shape), self.backbone.fingerprint, settings)
-        encoded = self.encodings.get(key)
-        if encoded is None:
-            encoded = self.remains.get(key)
-            if encoded is None:
-                return self._encode(key, full)
-            encoded._full = None
-        encoded.seconds = {}  # this call spends no time on them
-        return encoded
-
-    def proposals(self, encoded: EncodedImage):
-        """As the bundle's; what was kept for other settings is forgotten."""
-        merging = [getattr(self, name) for name in MERGING]
-        if vars(encoded).get("merging") != merging:
-            encoded._proposals, encoded.merging = None, merging
-        return super().proposals(encoded)
-
-    def _encode(self, key: Hashable, full: Tensor) -> EncodedImage:
-        encoded = super().encode_prepared(full)
-        start = time.perf_counter()
-        # Measured now, because the attention may be gone when the next click comes.
-        self.remains.put(key, RecalledEncoding(encoded, lambda: self._encode(key, full)))
-        encoded.seconds["paths"] = time.perf_counter() - start
-        self.encodings.put(key, encoded)
-        return encoded
-
-    def with_settings(self, **settings: Any) -> CachedInferer:
-        """A copy with other settings that shares backbone and memory."""
-        other = copy.copy(self)
-        for name, value in settings.items():
-            setattr(other, name, value)
-        return other
-
-
-@dataclass
-class OpenImage:
-    """An image as read, and as the inferer takes it: (3, H, W) or (3, X, Y, Z) float32 in [0, 1]."""
-
-    image: Image
-    prepared: Tensor
-
-
-def _bytes_of_image(entry: OpenImage) -> int:
-    return entry.image.array.nbytes + entry.prepared.untyped_storage().nbytes()
-
-
-def _bytes_of_encoding(encoded: EncodedImage) -> int:
-    # Beside the attention stand its logarithms, as large, once a prompt has needed them.
-    return 2 * encoded.attention.nbytes + encoded.image.nbytes + encoded.latents.nbytes
-
-
-def _bytes_of_remains(encoded: RecalledEncoding) -> int:
-    edges = 4 * encoded.side**2  # 8-neighbourhoods, each step kept once: a float64 cost and an int32 end
-    return encoded.image.nbytes + encoded.latents.nbytes + edges * 12
-
-
-def source_of(path: Path) -> Path:
-    """What to read for a datastore's path: the DICOM files a NIfTI file was converted from, where they are kept.
-
-    They know the modality and the slices they are, which the NIfTI file does not. MONAI Label keeps ``<uid>.nii.gz`` beside
-    the folder ``<uid>/`` of a DICOMweb series, and ``FolderDatastore`` keeps its conversions in a folder of their own.
-    """
-    if not path.name.endswith(".nii.gz"):
-        return path
-    parent = path.parent.parent if path.parent.name == CONVERTED else path.parent
-    folder = parent / path.name.removesuffix(".nii.gz")
-    return folder if folder.is_dir() and any(folder.iterdir()) else path
-
-
-def stamp(path: Path) -> tuple:
-    """What changes when a file, or one of a folder, does.
-
-    The time of modification alone does not: copying sets it, clocks go wrong, and another patient's image may be as long.
-    The inode and the time of its last change cannot be set by a user; stamps are compared for equality only, so that a
-    clock that goes backwards does no harm.
-    """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(f.name, f.stat()) for f in files]
-    return tuple((name, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_size) for name, s in found)
 
 
 class Engine:
@@ -227,7 +23,7 @@ class Engine:
     """
 
     def __init__(self, backbone, cache_bytes: int = 1 << 30, **settings: Any):
-        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, _bytes_of_image)
+        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, lambda entry: entry.nbytes)
         self.inferer = CachedInferer(cache_bytes, backbone=backbone, **settings)
 
     def open(self, uri: str) -> OpenImage:
@@ -240,14 +36,7 @@ class Engine:
         key = str(path), stamp(path) if path.exists() else None
         entry = self.images.get(key)
         if entry is None:
-            cases = find_cases(path)
-            if len(cases) > 1:
-                names = ", ".join(c.stem for c in cases[:5])
-                raise ZeroSegError(
-                    f"{path.name} holds {len(cases)} images ({names}): give one image or one series at a time"
-                )
-            image = read_image(cases[0])
-            entry = OpenImage(image, prepare(torch.from_numpy(to_unit_range(image))))
+            entry = read_source(path)
             self.images.put(key, entry)
         return entry
 

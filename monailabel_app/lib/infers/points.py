@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lib.engine import OpenImage
 from lib.infers.base import ZeroSegTask
+from lib.sources import OpenImage
 from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
 

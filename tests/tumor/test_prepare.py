@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.tumor.prepare import MAX_VOXELS, Intensity, intensity_of, prepare, to_unit
+from zeroseg.tumor.prepare import MAX_WORKING_VOXELS, Intensity, intensity_of, prepare
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,10 @@ def test_masks_come_to_the_working_grid(smooth, permutation):
     assert torch.equal(prepared.from_input(np.ones(smooth.shape)), prepared.inside)
 
 
+def to_unit(values, modality, *window):
+    return intensity_of(values, modality, *window).to_unit(values)
+
+
 def test_ct_goes_through_the_models_window():
     values = np.array([-2000.0, -250, 0, 250, 3000])
     np.testing.assert_allclose(to_unit(values, "ct", (-250, 250)), [0, 0, 0.5, 1, 1])
@@ -134,7 +138,7 @@ def test_a_volume_smaller_than_anything():
 
 def test_a_huge_extent_is_worked_on_coarsely():
     prepared = prepare(np.random.default_rng(0).random((1, 9, 9, 9)), np.diag([200.0, 200, 200, 1]), "mr", (3, 3, 3))
-    assert prepared.volume.numel() < 1.2 * MAX_VOXELS and any("very large" in note for note in prepared.notes)
+    assert prepared.volume.numel() < 1.2 * MAX_WORKING_VOXELS and any("very large" in note for note in prepared.notes)
 
 
 def test_doubts_about_ct():
