@@ -358,6 +358,6 @@ def test_a_reading_that_runs_out_of_memory_says_so(tmp_path, monkeypatch):
     from zeroseg.io import find_cases, read_image
 
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
-    monkeypatch.setattr("zeroseg.io.reading._channels_first", lambda pixels: np.empty(1 << 55))
+    monkeypatch.setattr("zeroseg.io.picture.channels_first", lambda pixels: np.empty(1 << 55))
     with pytest.raises(MemoryShortage, match="not enough memory to read it"):
         read_image(find_cases(tmp_path)[0])

@@ -1,7 +1,7 @@
-"""Files that live for one request: uploads, and answers on their way out.
+"""MONAI Label leaves the files of a request that fails in the temporary folder; until test_mends.py::test_files.
 
-MONAI Label removes them once an answer is sent, and leaves them where a request fails; patients' images would pile up in the
-temporary folder. So every temporary file made while a request runs is noted, and what is left of them goes when it ends.
+Patients' images would pile up there. So every temporary file made while a request runs, for an upload or an answer on its way out,
+is noted, and what is left of them goes when it ends.
 """
 
 from __future__ import annotations

@@ -25,11 +25,14 @@ from zeroseg.tumor.prompts import ORGANS
 from zeroseg.tumor.training import (
     AdapterTrainer,
     Questions,
+    Sampling,
+    Schedule,
     TrainingCase,
     cropped,
-    losses,
+    gather_cases,
     read_cases,
     refuse_held_out,
+    volume_terms,
 )
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
@@ -50,24 +53,20 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def trainer(model, material, out, **options):
-    settings = {
-        "phantoms": material / "phantoms",
-        "real": [{"folder": material / "mr", "organ": "limb", "modality": "mr"}],
-        "adapters": {"hidden": 2, "context": [[], [3], [3]]},
-        "steps": 3,
-        "volume_steps": 2,
-        "voxels": 64,
-        "volumes": 2,
-        "batch": 1,
-        "variants": 2,
-        "crop": 16,
-        "fusion_volumes": 0,
-        "save_every": 2,
-        **options,
-    }
-    backbone, encoder = MaisiBackbone(model, device="cpu"), TextEncoder(model / "text", device="cpu")
-    return AdapterTrainer(backbone, encoder, out=out, work=out / "work", **settings)
+def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None):
+    real = [{"folder": material / "mr", "organ": "limb", "modality": "mr"}]
+    return AdapterTrainer(
+        MaisiBackbone(model, device="cpu"),
+        TextEncoder(model / "text", device="cpu"),
+        gather_cases(material / "phantoms", real, leave_out=leave_out),
+        out=out,
+        work=out / "work",
+        schedule=Schedule(steps=steps, volume_steps=volume_steps, volumes=2, batch=1, save_every=2),
+        sampling=Sampling(voxels=64, variants=2, crop=16),
+        adapters={"hidden": 2, "context": [[], [3], [3]]},
+        initial=initial,
+        fusion_volumes=0,
+    )
 
 
 def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
@@ -115,7 +114,7 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
         pass
 
     part = trainer(model, material, tmp_path / "part")
-    terms = part._voxel_terms
+    terms = part._voxel_step
     calls = []
 
     def stop_in_the_third_step(*arguments):
@@ -124,7 +123,7 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
             raise Stop
         return terms(*arguments)
 
-    part._voxel_terms = stop_in_the_third_step
+    part._voxel_step = stop_in_the_third_step
     with pytest.raises(Stop):
         part.run()
     again = trainer(model, material, tmp_path / "part")
@@ -135,8 +134,8 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
 
 def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):
     run = trainer(model, material, tmp_path, leave_out=[1, 2], steps=1, volume_steps=1)
-    (left,) = run.left_out
-    assert left not in run.cases and left not in run.fusion_cases
+    (left,) = run.sets.left_out
+    assert left not in run.sets.cases and left not in run.sets.fusion
     record = run.run()
     assert left.stem not in record["adapters"]["real"] and left.stem not in record["fusion"]["real"]
     assert record["fusion"]["left_out_dice"].keys() == {left.stem}
@@ -197,16 +196,16 @@ def test_losses_reward_the_right_answer():
     target[2:5, 2:5, 2:5] = True
     output.margin = torch.where(target, 8.0, -8.0)
     output.image_logit = torch.tensor(8.0)
-    right = losses(output, prompts, ROLES, target)
-    absent = losses(output, prompts, ROLES, torch.zeros_like(target))
+    right = volume_terms(output, prompts, ROLES, target)
+    absent = volume_terms(output, prompts, ROLES, torch.zeros_like(target))
     output.margin = -output.margin
-    wrong = losses(output, prompts, ROLES, target)
+    wrong = volume_terms(output, prompts, ROLES, target)
     assert right["dice"] < 0.05 < 0.9 < wrong["dice"] and right["voxel"] < 0.01 < wrong["voxel"]
     assert right["image"] < 0.01 < absent["image"] and absent["dice"] == 0
     output.pooled = prompts.clone()
-    aligned = losses(output, prompts, ROLES, target)["align"]
+    aligned = volume_terms(output, prompts, ROLES, target)["align"]
     output.pooled = prompts.roll(1, 0)
-    assert aligned < losses(output, prompts, ROLES, target)["align"]
+    assert aligned < volume_terms(output, prompts, ROLES, target)["align"]
 
 
 def test_a_crop_holds_some_of_the_lesion():

@@ -1,4 +1,4 @@
-"""Batch inference that survives an image it cannot segment, and a machine without a GPU."""
+"""MONAI Label's batch divides by zero without a GPU, and one image stops the rest; until test_mends.py::test_batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
-from lib.errors import status_and_detail
+from lib.mends.errors import status_and_detail
 
 logger = logging.getLogger(__name__)
 
 
 class CarefulBatch(BatchInferTask):
-    """MONAI Label's batch task. Its default, all GPUs, divides by zero where there is none, and one image stops the rest."""
+    """Batch inference that survives an image it cannot segment, and a machine without a GPU."""
 
     def __call__(self, request: dict[str, Any], datastore, infer: Callable[..., dict]) -> dict[str, Any]:
         """As MONAI Label's; an image that fails has ``error``, its reason, in place of a label."""

@@ -1,6 +1,7 @@
-"""DICOM SEG by the bundle's own writer (highdicom) where MONAI Label calls dcmqi.
+"""MONAI Label writes DICOM SEG by dcmqi's tool and has no answer for an empty mask; until test_mends.py::test_dicom_seg.
 
-dcmqi's tool has to be downloaded, names MONAI Label as the algorithm, and MONAI Label turns an empty mask into a bare 500.
+That tool has to be downloaded and names MONAI Label as the algorithm, and an empty mask becomes a bare 500. Here the bundle's own
+writer (highdicom) takes its place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from lib.files import temporary
+from lib.mends.files import temporary
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, find_cases, read_image, write_dicom_seg
 

@@ -16,11 +16,13 @@ from scipy import ndimage
 pytest.importorskip("monailabel")
 
 import lib.bundle  # noqa: F401
-from lib import dicom_seg, errors
 from lib.datastore import FolderDatastore, write_twin
-from lib.engine import ByteLimitedCache, Engine, source_of
+from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write
 from lib.infers.tumor import Tumor
+from lib.memory import ByteLimitedCache, bytes_of
+from lib.mends import dicom_seg, errors
+from lib.sources import source_of
 from phantom_studies import OBJECT, phantom, write_series
 from zeroseg.attention import AttentionSegmentationInferer, Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
@@ -101,9 +103,7 @@ def test_clicks_are_answered_when_the_attention_had_to_go(tiny_backbone, disc, m
     whole = {
         rule: inferer.segment(image, rule, **p) for rule, p in (("points", {"points": [[40, 52]]}), ("segments", {}))
     }
-    inferer.encodings.limit = 0
-    inferer.encodings.put("x", inferer.encodings._entries.popitem()[1][0])  # larger than the limit: forgotten
-    inferer.encodings.used = 0
+    inferer.encodings = ByteLimitedCache(0, bytes_of)
     passes = []
     read = type(tiny_backbone).read
     monkeypatch.setattr(type(tiny_backbone), "read", lambda *a, **k: passes.append(1) or read(*a, **k))
@@ -148,7 +148,7 @@ def test_a_volume_is_encoded_once_for_all_words(tiny_backbone, tiny_tumor_model,
     ask("b", scale=2)
     ask("c", spacing=2)
     assert len(passes) == 4 and len(task.encodings) == 4
-    task.encodings.limit = 0
+    task.encodings = ByteLimitedCache(0, lambda encoded: 1)
     np.testing.assert_array_equal(ask("d", scale=3).confidence, ask("d", scale=3).confidence)
     assert len(passes) == 6, "what is larger than the memory is encoded again"
 

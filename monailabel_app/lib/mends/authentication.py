@@ -1,7 +1,7 @@
-"""Makes MONAI Label's own switch (MONAI_LABEL_AUTH_ENABLE) accept valid tokens.
+"""MONAI Label turns valid tokens away (MONAI_LABEL_AUTH_ENABLE); until test_mends.py::test_authentication.
 
-MONAI Label 0.8.5 checks a token's signature without saying which algorithm it may have; PyJWT 2 refuses that, so everybody is
-turned away. Keycloak signs with RS256, and nothing else is accepted here.
+It checks a token's signature without saying which algorithm it may have, which PyJWT 2 refuses. Keycloak signs with RS256, and
+nothing else is accepted here.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from orthanc import missing, orthanc
 from serving import serving
 from zeroseg.backbones.weights import MODELS
 
-ROOT = Path(__file__).resolve().parents[1]
-BROWSER = Path(__file__).parent / "browser"
+ROOT = Path(__file__).resolve().parents[2]
+BROWSER = ROOT / "tests" / "browser"
 ARTIFACTS = ROOT / "out" / "test-artifacts"
 WORDS = ("kidneys", "spine", "aorta", "body", "abdomen")
 """What the drawn abdomen holds; which of them the model recognises is the model's affair."""

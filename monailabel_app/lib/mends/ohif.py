@@ -1,4 +1,8 @@
-"""OHIF as MONAI Label ships it, with its assets found, segments told apart by colour, and ``ohif.js`` in its page."""
+"""MONAI Label does not find OHIF's files in folders; until test_mends.py::test_ohif.
+
+OHIF as MONAI Label ships it, with its assets found, segments told apart by colour, and ``ohif.js`` in its page. The last two
+are additions to OHIF's panel, not mends of MONAI Label: they stay when the first goes.
+"""
 
 from __future__ import annotations
 

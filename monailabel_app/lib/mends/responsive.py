@@ -1,9 +1,8 @@
-"""Keeps the server answering while it infers.
+"""MONAI Label infers inside its event loop, so that nothing else is answered; until test_mends.py::test_responsive.
 
-MONAI Label 0.8.5 runs its endpoints, inference included, inside the event loop: for as long as one works, `/info`, OHIF's files
-and OHIF's DICOM proxy wait. ``OffLoop`` wraps the whole ASGI application and runs each request in a worker thread, in an event
+For as long as one of its endpoints works, `/info`, OHIF's files and OHIF's DICOM proxy wait. ``OffLoop`` wraps the whole ASGI application and runs each request in a worker thread, in an event
 loop of its own: inference in one small pool, whose length is the job queue, everything else in another. MONAI Label's code is
-not touched. tests/test_app_responsive.py fails once MONAI Label does this itself; then this file can go.
+not touched.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from lib.files import of_one_request
-from lib.limits import upload_limit
+from lib.mends.files import of_one_request
+from lib.mends.limits import upload_limit
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -157,7 +156,8 @@ def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], gone:
             chunk = body.read(CHUNK)
             ended = len(chunk) < CHUNK
             return {"type": "http.request", "body": chunk, "more_body": not ended}
-        while not gone.is_set():  # who asks on, a file being sent for one, wants to know when the client leaves
+        # Who asks on, a file being sent for one, wants to know when the client leaves.
+        while not gone.is_set():
             await asyncio.sleep(0.1)
         return {"type": "http.disconnect"}
 

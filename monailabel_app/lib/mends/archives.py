@@ -1,4 +1,7 @@
-"""Uploaded archives that cannot fill the disk: their whole size is known before anything is unpacked."""
+"""MONAI Label unpacks uploaded archives whatever they grow to; until test_mends.py::test_archives.
+
+Here their whole size is known before anything is unpacked, so that they cannot fill the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import shutil
 import tarfile
 import zipfile
 
-from lib.errors import Refused
-from lib.limits import upload_limit
+from lib.mends.errors import Refused
+from lib.mends.limits import upload_limit
 
 MAX_FILES = 100_000
 

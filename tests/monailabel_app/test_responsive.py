@@ -10,9 +10,8 @@ import pytest
 
 pytest.importorskip("monailabel")
 
-from fastapi import BackgroundTasks
 
-from lib.responsive import OffLoop, stop_if_abandoned
+from lib.mends.responsive import OffLoop, stop_if_abandoned
 
 
 class Application:
@@ -121,24 +120,3 @@ def test_a_running_job_is_told_that_its_client_left():
     start = time.perf_counter()
     assert asyncio.run(ask(OffLoop(inner), "/infer/x", leave_after=0.2)) is None
     assert inner.abandoned.wait(2) and time.perf_counter() - start < 5
-
-
-def test_monai_label_still_infers_inside_its_event_loop(monkeypatch):
-    """Once this fails, MONAI Label has learnt to keep its loop free: lib/responsive.py can go."""
-    from monailabel.endpoints import infer
-
-    threads = {}
-
-    def work(*args):
-        threads["work"] = threading.current_thread()
-        return {}
-
-    monkeypatch.setattr(infer, "run_inference", work)
-
-    async def request():
-        threads["loop"] = threading.current_thread()
-        answer = infer.api_run_inference(BackgroundTasks(), "model", "image", "", "{}", None, None, None, None)
-        return await answer if asyncio.iscoroutine(answer) else answer
-
-    asyncio.run(request())
-    assert asyncio.iscoroutinefunction(infer.api_run_inference) and threads["work"] is threads["loop"]

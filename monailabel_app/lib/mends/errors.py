@@ -1,8 +1,7 @@
-"""Every failure becomes an HTTP status and one line of text, and names from outside are never paths.
+"""MONAI Label answers most failures with a bare 500 and joins names to its folders; until test_mends.py::test_errors.
 
-422 for what the user can mend, 404 for what is not there, 503 where weights or memory are missing or the DICOM server cannot
-be reached. MONAI Label 0.8.5 answers most of these with a bare 500, and joins names from the request to its folders as
-they are.
+Here every failure becomes an HTTP status and one line of text, and names from outside are never paths: 422 for what the user can
+mend, 404 for what is not there, 503 where weights or memory are missing or the DICOM server cannot be reached.
 """
 
 from __future__ import annotations
@@ -23,13 +22,19 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lib.limits import foreign
-from lib.responsive import Abandoned
+from lib.mends.limits import foreign
+from lib.mends.responsive import Abandoned
 from zeroseg.errors import MemoryShortage, WeightsError, ZeroSegError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _BAD_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP)
+_MISUNDERSTOOD = (
+    *(ValidationError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError),
+    *(OverflowError, RecursionError),
+)
+"""Raised by MONAI Label's own code on requests of an unexpected form, the last two on numbers beyond all bounds and JSON nested without
+end; the app's own bugs arrive as InternalError."""
 
 NAMES = ("image", "id", "label", "tag", "session_id", "model", "strategy", "method")
 """Query parameters that MONAI Label uses as names in its folders or tables."""
@@ -71,9 +76,8 @@ def check_names(path: str, query: str) -> None:
 
 def status_and_detail(error: BaseException) -> tuple[int, Any]:
     """HTTP status and text for an exception."""
-    if isinstance(
-        error, HTTPException
-    ):  # MONAI Label answers 500 where the request was wrong, with a text that says so
+    # MONAI Label answers 500 where the request was wrong, with a text that says so.
+    if isinstance(error, HTTPException):
         return (422 if error.status_code == 500 else error.status_code), error.detail
     if isinstance(error, WeightsError):
         return 503, f"weights: {error}"
@@ -101,14 +105,7 @@ def status_and_detail(error: BaseException) -> tuple[int, Any]:
         return 422, f"a name in the request cannot be a file's: {error.strerror}"
     if isinstance(error, OSError):
         return 503, f"the server cannot read or write a file: {error.strerror or type(error).__name__}"
-    if isinstance(
-        error,
-        (
-            *(ValidationError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError),
-            *(OverflowError, RecursionError),  # numbers beyond all bounds, JSON nested without end
-        ),
-    ):
-        # Raised by MONAI Label's own code on requests of an unexpected form; the app's own bugs arrive as InternalError.
+    if isinstance(error, _MISUNDERSTOOD):
         return 422, f"the request could not be understood ({type(error).__name__}: {str(error)[:200]})"
     return 500, f"internal error ({type(error).__name__}: {str(error)[:200]}); the server's log holds the details"
 

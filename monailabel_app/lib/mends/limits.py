@@ -1,4 +1,7 @@
-"""How much a client may send, and from where: limits that the server's environment can move."""
+"""MONAI Label takes requests of any length and of any web page's; until test_mends.py::test_limits.
+
+How much a client may send, and from where: limits that the server's environment can move.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from urllib.parse import urlsplit
 
 from monailabel.config import settings
 
-from zeroseg.io.finding import limit_of
+from zeroseg.io.limits import limit_of
 
 UPLOAD_VARIABLE = "ZEROSEG_MAX_UPLOAD_MB"
 UPLOAD_MB = 4096
