@@ -139,6 +139,62 @@ def grabcut_colour_click(image: np.ndarray, x: int, y: int) -> np.ndarray:
     return _grabcut(image, colour_click(image, x, y), x, y)
 
 
+def _likely(image: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """Pixels closer in colour to the object's marks than Otsu's threshold and than to the background's marks."""
+    lab = _lab(image)
+
+    def away(kind: int) -> np.ndarray:
+        places = np.argwhere(marks == kind)
+        places = places[np.linspace(0, len(places) - 1, min(len(places), 32)).round().astype(int)]
+        colours = np.stack([lab[_around(x, y)].mean(axis=(0, 1)) for y, x in places])
+        return np.linalg.norm(lab[:, :, None] - colours, axis=-1).min(-1)
+
+    wanted = away(1)
+    likely = wanted <= threshold_otsu(wanted)
+    return likely & (wanted < away(2)) if (marks == 2).any() else likely
+
+
+def _drawn(marks: np.ndarray) -> np.ndarray:
+    """Marks as wide as a click is for the one-click methods; background over object where they meet."""
+    kernel = np.ones((2 * CLICK_RADIUS + 1,) * 2, np.uint8)
+    wide = cv2.dilate((marks == 1).astype(np.uint8), kernel)
+    return np.where(cv2.dilate((marks == 2).astype(np.uint8), kernel) > 0, 2, wide)
+
+
+def _held(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """The connected parts that hold a mark of the object."""
+    mask = (mask | (marks == 1)) & (marks != 2)
+    parts = label(mask, connectivity=1)
+    return np.isin(parts, np.setdiff1d(np.unique(parts[marks == 1]), [0]))
+
+
+def grabcut_marks(image: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """GrabCut from any number of marks (H, W): 1 object, 2 background; it starts from the colours near the object's."""
+    wide = _drawn(marks)
+    mask = np.where(_likely(image, marks), cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    mask[[0, -1], :] = mask[:, [0, -1]] = cv2.GC_BGD
+    mask[wide == 1], mask[wide == 2] = cv2.GC_FGD, cv2.GC_BGD
+    if (mask == cv2.GC_FGD).all():
+        return np.ones(mask.shape, bool)
+    cv2.setRNGSeed(0)
+    pixels = np.ascontiguousarray((_rgb(image) * 255).round().astype(np.uint8))
+    cv2.grabCut(pixels, mask, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
+    return _held((mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD), marks)
+
+
+def random_walker_marks(image: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """Random walker from any number of marks; the image's border is background until the user has marked some."""
+    seeds = _drawn(marks).astype(np.uint8)
+    if not (marks == 2).any():
+        frame = np.zeros(seeds.shape, bool)
+        frame[[0, -1], :] = frame[:, [0, -1]] = True
+        seeds[frame & (seeds == 0)] = 2
+    rgb = _rgb(image)
+    if np.ptp(rgb) == 0 or not (seeds == 0).any():
+        return marks == 1
+    return _held(random_walker(rgb, seeds, beta=1000, mode="cg_j", prob_tol=np.inf, channel_axis=-1) == 1, marks)
+
+
 AUTOMATIC = {"otsu": otsu, "kmeans2": kmeans2, "all_foreground": all_foreground}
 """Name -> function of an image."""
 

@@ -49,7 +49,13 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return 2 * common / both, common / (both - common)
 
 
-def click_curve(answer: Answer, truth: np.ndarray, clicks: int = 20, rng: np.random.Generator | None = None) -> Curve:
+def click_curve(
+    answer: Answer,
+    truth: np.ndarray,
+    clicks: int = 20,
+    rng: np.random.Generator | None = None,
+    first: np.ndarray | None = None,
+) -> Curve:
     """Click until nothing is wrong, ``clicks`` times at most.
 
     Args:
@@ -57,11 +63,12 @@ def click_curve(answer: Answer, truth: np.ndarray, clicks: int = 20, rng: np.ran
         truth: (H, W) bool, not empty.
         clicks: K.
         rng: None clicks the deepest pixel of an error, a generator a random one.
+        first: (H, W) bool, an answer that is there before the first click and counts as the curve's first; or None.
     """
-    mask = np.zeros(truth.shape, bool)
+    mask = np.zeros(truth.shape, bool) if first is None else first
     points: list[list[float]] = []
     labels: list[int] = []
-    values, seconds = [], []
+    values, seconds = [] if first is None else [overlap(first, truth)], []
     for _ in range(clicks):
         following = next_click(mask, truth, rng)
         if following is None:
@@ -73,9 +80,9 @@ def click_curve(answer: Answer, truth: np.ndarray, clicks: int = 20, rng: np.ran
         mask = answer(points, labels)
         seconds.append(time.perf_counter() - start)
         values.append(overlap(mask, truth))
-    values += values[-1:] * (clicks - len(values))
+    values += values[-1:] * (clicks + (first is not None) - len(values))
     dice, iou = np.array(values).T
-    return Curve(dice, iou, seconds, len(seconds))
+    return Curve(dice, iou, seconds, len(seconds) + (first is not None))
 
 
 def generator_of(stem: str) -> np.random.Generator:
@@ -109,9 +116,8 @@ def summarise_curves(curves: Sequence[Curve]) -> dict:
         ``seconds_p50`` and ``seconds_p95`` of a click.
     """
     dice, iou = np.stack([c.dice for c in curves]), np.stack([c.iou for c in curves])
-    steps = [np.diff(c.dice[: c.clicks]) for c in curves]
-    further = np.concatenate(steps) if steps else np.zeros(0)
-    seconds = np.concatenate([c.seconds for c in curves])
+    further = np.concatenate([np.diff(c.dice[: c.clicks]) for c in curves])
+    seconds = np.concatenate([c.seconds or [0.0] for c in curves])
     at = [k for k in AT if k <= dice.shape[1]]
     out: dict = {
         "objects": len(curves),

@@ -15,6 +15,14 @@ from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.errors import ZeroSegError
 from zeroseg.evaluation.annotator import bounding_box
 from zeroseg.evaluation.confidence import reliability_diagram
+from zeroseg.evaluation.interactive import (
+    INTERACTIVE,
+    empty_curves,
+    mean_interactive,
+    run_interactive,
+    summarise_interactive,
+    write_interactive,
+)
 from zeroseg.evaluation.pairs import find_pairs
 from zeroseg.evaluation.protocols import CLICKED, Sample, load_sample, run_baselines, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, mean_over_sets, summarise_groups
@@ -48,6 +56,7 @@ def evaluate_set(
     control: AttentionSegmentationInferer | None = None,
     half: str = "all",
     limit: int | None = None,
+    clicks: int = 20,
 ) -> tuple[dict, list[tuple[str, PILImage.Image]], int]:
     """Evaluate one folder and write its results to ``out``.
 
@@ -57,11 +66,12 @@ def evaluate_set(
         masks: folder of masks with the images' names; any nonzero pixel is foreground.
         out: folder to write to.
         inferer: what is measured, with its weights loaded.
-        protocols: names of ``protocols.PROTOCOLS``.
+        protocols: names of ``protocols.PROTOCOLS`` and ``interactive.INTERACTIVE``.
         text: prompt of the protocol ``text``, which is left out without one.
         control: the same pipeline on random weights, or None.
         half: ``dev``, ``test`` or ``all``.
         limit: evaluate that many cases at most.
+        clicks: of an interactive protocol.
 
     Returns:
         the summary, (title, picture) of the report, and how many cases failed.
@@ -73,8 +83,15 @@ def evaluate_set(
     pairs, unmatched = find_pairs(images, masks, out, half, limit)
     if unmatched:
         print(f"{name}: {len(unmatched)} images without a mask are left out, e.g. {unmatched[0]}", file=sys.stderr)
+    interactive = [p for p in protocols if p in INTERACTIVE]
+    protocols = [p for p in protocols if p not in INTERACTIVE] or ["points"]
     shown = next(p for p in ("points", "auto", *protocols) if p in protocols)
-    rows, predictions, failed = [], {}, []
+    rows, predictions, failed, curves = [], {}, [], empty_curves()
+    methods = {"zeroseg": inferer}
+    if interactive and inferer.refiner == "head":
+        methods["zeroseg, refiner rules"] = inferer.replace(refiner="rules")
+    if control is not None:
+        methods["untrained backbone"] = control
     for image_case, mask_case in tqdm(pairs, desc=name, unit="image"):
         try:
             sample = load_sample(image_case, mask_case)
@@ -83,6 +100,8 @@ def evaluate_set(
                 controls, _ = run_protocols(control, sample, protocols, text)
                 case_rows += [row | {"protocol": f"untrained/{row['protocol']}"} for row in controls]
             case_rows += run_baselines(sample, protocols)
+            if interactive:
+                run_interactive(methods, sample, interactive, clicks, curves)
         except ZeroSegError as error:
             failed.append({"case": image_case.stem, "error": str(error)})
             tqdm.write(f"{name}: {image_case.stem} failed: {error}", file=sys.stderr)
@@ -94,7 +113,8 @@ def evaluate_set(
 
     run = {
         "settings": {
-            "protocols": protocols,
+            "protocols": [*protocols, *interactive],
+            "clicks": clicks if interactive else None,
             "text": text if "text" in protocols else None,
             "half": half,
             "limit": limit,
@@ -105,6 +125,9 @@ def evaluate_set(
         "backbone": inferer.backbone.describe(),
     }
     summary = summarise_groups(rows, run)
+    if interactive:
+        summary["interaction"] = summarise_interactive(curves)
+        write_interactive(summary["interaction"], out, name)
     write_csv(out / "cases.csv", COLUMNS, [row for row in rows if not row["protocol"].startswith("polarity/")])
     write_json(out / "summary.json", summary)
     write_text(out / "table.md", report_tables({name: summary}))
@@ -130,6 +153,7 @@ def evaluate_suite(
     control: AttentionSegmentationInferer | None = None,
     half: str = "all",
     limit: int | None = None,
+    clicks: int = 20,
 ) -> int:
     """Evaluate every 2-D set of a folder; returns how many cases and sets failed.
 
@@ -156,7 +180,7 @@ def evaluate_suite(
                 continue
             pair = (folder / "images", folder / "masks")
             summary, pictures, failed = evaluate_set(
-                folder.name, *pair, out / folder.name, inferer, protocols, text, control, half, limit
+                folder.name, *pair, out / folder.name, inferer, protocols, text, control, half, limit, clicks
             )
         except ZeroSegError as error:
             print(f"{folder.name} failed: {error}", file=sys.stderr)
@@ -167,6 +191,8 @@ def evaluate_suite(
         failures += failed
     if not summaries:
         raise ZeroSegError(f"{suite}: no set could be evaluated")
+    if all("interaction" in s for s in summaries.values()):
+        write_interactive(mean_interactive([s["interaction"] for s in summaries.values()]), out, "mean over sets")
     table = report_tables(summaries)
     write_text(out / "table.md", table)
     write_json(out / "table.json", {"sets": summaries, "mean_dice": mean_over_sets(summaries)})
