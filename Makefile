@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test lint format clean
+.PHONY: install demo serve test lint format zoo clean
 
 install: $(STAMP)
 
@@ -39,5 +39,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The bundle under the Model Zoo's naming rule: what a pull request there copies into models/.
+ZOO := dist/zeroseg_diffusion_zeroshot
+zoo:
+	rm -rf $(ZOO)
+	mkdir -p dist
+	cp -R bundle $(ZOO)
+	find $(ZOO) -name __pycache__ -prune -exec rm -r {} +
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out dist
