@@ -15,7 +15,6 @@ from scipy import ndimage
 
 pytest.importorskip("monailabel")
 
-import lib.bundle  # noqa: F401
 from lib import dicom_seg, errors
 from lib.datastore import FolderDatastore, write_twin
 from lib.engine import ByteLimitedCache, Engine, source_of

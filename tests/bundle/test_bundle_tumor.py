@@ -22,7 +22,7 @@ from zeroseg.cases import MODALITIES, load_prompts
 from zeroseg.errors import ZeroSegError
 from zeroseg.tumor import TumorSegmentationInferer
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+BUNDLE = Path(__file__).resolve().parents[2] / "bundle"
 CONFIG = BUNDLE / "configs" / "inference_tumor.yaml"
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
 

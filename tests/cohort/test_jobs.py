@@ -10,9 +10,9 @@ from PIL import Image
 
 import dicom_series
 from bad_inputs import color, ct_series, gray
-from zeroseg.cohort.jobs import list_jobs
 from orthanc import missing, orthanc
 from zeroseg.cases import PROMPT_KEYS, TUMOR_PROMPT_KEYS
+from zeroseg.cohort.jobs import list_jobs
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import read_image
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zeroseg.attention import Segmentation
 from zeroseg.evaluation.confidence import (
     BINS,
     aurc,
@@ -13,7 +14,6 @@ from zeroseg.evaluation.confidence import (
     spearman,
     summarise_confidence,
 )
-from zeroseg.attention import Segmentation
 
 
 def test_aurc_of_known_curves():
