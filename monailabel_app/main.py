@@ -12,7 +12,6 @@ from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
 
-import lib.bundle  # noqa: F401  (puts zeroseg on the path)
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
 from lib.engine import Engine
@@ -36,8 +35,7 @@ class ZeroSegApp(MONAILabelApp):
         studies: a folder, or the URL of a DICOMweb server.
         conf: ``backbone`` (embedded, a folder or a hub id), ``revision``, ``device``, ``dtype``, ``cache_mb`` (memory for
             encoded slices, for encoded volumes of the tumour task and for images, each), ``threads`` (of torch),
-            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser), ``bundle`` (its
-            folder).
+            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser).
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]):

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def save_tiny_pipeline(folder: Path, sample_size: int = 16) -> Path:
     """Save a random pipeline of the Stable Diffusion 1.x layout: 4 UNet levels, factor-8 autoencoder, CLIP text encoder."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from train_backbone import build_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from train_backbone import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["chest x-ray with lungs", "blood smear with white blood cell"], folder / "words")

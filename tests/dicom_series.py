@@ -7,8 +7,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from phantoms import make_phantom
-from phantoms3d import make_volume
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
@@ -18,6 +16,9 @@ from pydicom.uid import (
     generate_uid,
 )
 from scipy import ndimage
+
+from phantoms import make_phantom
+from phantoms3d import make_volume
 
 CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage, "CR": ComputedRadiographyImageStorage}
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -10,9 +10,9 @@ from itertools import islice
 import nibabel as nib
 import numpy as np
 import pytest
+
 from phantoms import make_phantom
 from phantoms3d import SPACING, make_volume
-
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder

@@ -25,9 +25,9 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import torch
-from benchmark_attention import MB, PeakMemory, add_machine_options, machine_context, timed
 from tqdm import tqdm
 
+from benchmark_attention import MB, PeakMemory, add_machine_options, machine_context, timed
 from zeroseg.backbones.maisi import COMPACT, MAISI_RFLOW, MaisiBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.evaluation.tables import markdown_rows

@@ -19,11 +19,11 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from scenes import MOST_PIECES, make_scene, pseudo_objects
 from scipy import ndimage
 from tqdm import tqdm
 
 from phantoms import make_phantom
+from scenes import MOST_PIECES, make_scene, pseudo_objects
 from zeroseg.attention import AttentionSegmentationInferer
 
 SIZE = 256

@@ -30,11 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from phantoms import SCENES, make_phantom
-from phases import Phases, Schedule, averaged
 from PIL import Image
 from tqdm import tqdm
 
+from phantoms import SCENES, make_phantom
+from phases import Phases, Schedule, averaged
 from zeroseg.backbones.weights import write_sums
 
 ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")

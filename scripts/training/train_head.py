@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from scenes import Scene
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from scenes import Scene
 from zeroseg.attention.readout import Readout
 from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
 

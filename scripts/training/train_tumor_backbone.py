@@ -29,10 +29,10 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from phantoms3d import SPACING, make_volume
-from phases import Phases, Schedule, averaged
 from tqdm import tqdm
 
+from phantoms3d import SPACING, make_volume
+from phases import Phases, Schedule, averaged
 from zeroseg.backbones.maisi import COMPACT, build_autoencoder, build_unet, make_scheduler, spacing_condition
 from zeroseg.backbones.weights import write_sums
 from zeroseg.tumor.prepare import prepare

@@ -307,7 +307,6 @@ FUTURE, PAST = 4_000_000_000, 1
 @pytest.fixture
 def engine(tiny_backbone):
     pytest.importorskip("monailabel")
-    import lib.bundle  # noqa: F401
     from lib.engine import Engine
 
     return Engine(tiny_backbone, cache_bytes=64 << 20, resolution=64)
@@ -336,7 +335,6 @@ def test_a_dicom_folder_that_changes_gets_a_new_twin_whatever_the_clock_says(tmp
     pytest.importorskip("monailabel")
     import nibabel as nib
 
-    import lib.bundle  # noqa: F401
     from lib.datastore import FolderDatastore
 
     (tmp_path / "studies").mkdir()

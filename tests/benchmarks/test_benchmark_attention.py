@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from benchmark_attention import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, startup
 
+from benchmark_attention import PeakMemory, RandomStableDiffusion, broadcast_merge, main, sample_image, startup
 from zeroseg.attention import aggregate_self_attention, merge_attention
 from zeroseg.attention.merge import KLDistance, merge_to
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmark_batch import simulate
 
 BASIS = {"load_s": 5.0, "io_s": 0.0, "dispatch_s": 0.0, "case_seconds": [2.0]}

@@ -1,7 +1,6 @@
 import json
 
 from benchmark_tumor import RandomMaisi, main, measure
-
 from tumor_model import tiny_config
 
 PASSES = {"encode", "decode", "aova", "denoise", "inpaint", "repaint_step", "pixel", "feature"}

@@ -25,7 +25,7 @@ from PIL import Image
 
 from bad_inputs import BAD, OBLIQUE, bundled, color, ct_series, gray, write_bad, write_nifti
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundle"
 METADATA = BUNDLE / "configs" / "metadata.json"
 SCHEMA = ROOT / "tests" / "meta_schema.json"

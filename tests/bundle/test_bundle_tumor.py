@@ -23,7 +23,7 @@ from zeroseg.errors import ZeroSegError
 from zeroseg.tumor import TumorSegmentationInferer
 from zeroseg.tumor.prompts import DICOM_MODALITIES
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+BUNDLE = Path(__file__).resolve().parents[2] / "bundle"
 CONFIG = BUNDLE / "configs" / "inference_tumor.yaml"
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
 

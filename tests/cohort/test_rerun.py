@@ -17,12 +17,12 @@ from PIL import Image
 
 from bad_inputs import OBLIQUE, color, ct_series, gray, write_nifti
 from zeroseg.cases import CaseDataset
+from zeroseg.cli import main
+from zeroseg.cli.main import build_parser
 from zeroseg.cohort import rerun
-from zeroseg.configs import build_runner, find_config
+from zeroseg.configs import build_runner, find_config, parse_settings
 from zeroseg.errors import ZeroSegError
-
-SCRIPT = Path(rerun.__file__)
-BUNDLE = SCRIPT.parents[1] / "bundle"
+from zeroseg.places import BUNDLE
 
 
 def first_run(config: str, images: Path, out: Path, prompts: dict | None = None, **settings) -> dict:
@@ -38,7 +38,9 @@ def first_run(config: str, images: Path, out: Path, prompts: dict | None = None,
 
 def again(manifest: Path, images: Path, out: Path, *options: object) -> tuple[int, int]:
     given = [manifest, "--dataset_dir", images, "--output_dir", out, *options]
-    return rerun.run(rerun.parse_args([str(part) for part in given]))
+    args = build_parser(["rerun"]).parse_args(["rerun", *map(str, given)])
+    settings = parse_settings(args.set)
+    return rerun.run(args.manifest, args.dataset_dir, args.output_dir, args.case, args.compare, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +75,11 @@ def weights(tiny_pipeline: Path) -> list[str]:
 
 
 def test_two_processes_with_the_embedded_weights(tmp_path):
-    """As a user does it: the bundle's command, then this script, each a fresh process."""
+    """As a user does it: the bundle's command, then this one, each a fresh process."""
     images, one, two = (tmp_path / name for name in ("images", "one", "two"))
     images.mkdir()
     Image.fromarray(color(64, 64)).save(images / "photo.png")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(BUNDLE), "HF_HUB_OFFLINE": "1"}
 
     def run(*command: object) -> str:
         given = [sys.executable, *map(str, command)]
@@ -87,7 +89,7 @@ def test_two_processes_with_the_embedded_weights(tmp_path):
     options = ["--resolution", 64, "--affinity", "both", "--noise_draws", 1, "--device", "cpu"]
     run("-m", "monai.bundle", "run", *bundle, "--dataset_dir", images, "--output_dir", one, *options)
     folders = ["--dataset_dir", images, "--output_dir", two]
-    printed = run(SCRIPT, one / "manifest.json", *folders, "--compare", "--set", "device=cpu")
+    printed = run("-m", "zeroseg", "rerun", one / "manifest.json", *folders, "--compare", "--set", "device=cpu")
     assert printed == "photo: the mask is the same bit for bit\n"
     for name in ("photo_seg.png", "photo_confidence.png"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -129,17 +131,12 @@ def test_a_tumour_model(tiny_tumor_model, tmp_path):
     assert now["settings"] == then["settings"] and now["cases"][0]["files"] == then["cases"][0]["files"]
 
 
-def test_a_mask_that_differs_is_told(tiny_pipeline, manifest, images, tmp_path, capsys, monkeypatch):
+def test_a_mask_that_differs_is_told(tiny_pipeline, manifest, images, tmp_path, capsys):
     content = json.loads(manifest.read_text())
     content["cases"][1]["mask_sha256"] = "0" * 64
     manifest.write_text(json.dumps(content))
     folders = ["--dataset_dir", images, "--output_dir", tmp_path / "two"]
-    monkeypatch.setattr(
-        sys, "argv", [str(p) for p in ("rerun", manifest, *folders, "--compare", *weights(tiny_pipeline))]
-    )
-    with pytest.raises(SystemExit) as end:
-        rerun.main()
-    assert end.value.code == 1
+    assert main([*map(str, ("rerun", manifest, *folders, "--compare", *weights(tiny_pipeline)))]) == 1
     assert "first: the mask DIFFERS" in capsys.readouterr().out
 
 

@@ -8,29 +8,14 @@ from PIL import Image
 
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
-from zeroseg.evaluation.images import (
-    PROTOCOLS,
-    Sample,
-    any_point,
-    bounding_box,
-    hungarian,
-    innermost_point,
-    largest_component,
-    main,
-    oracle_single,
-    oracle_union,
-    run_protocols,
-    score,
-)
-from zeroseg.evaluation.tables import (
-    best_median_worst,
-    bootstrap_interval,
-    half_of,
-    markdown_table,
-    mean_over_sets,
-    seconds_table,
-    summarise_groups,
-)
+from zeroseg.cli import main
+from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point, largest_component
+from zeroseg.evaluation.metrics import score
+from zeroseg.evaluation.oracles import hungarian, oracle_single, oracle_union
+from zeroseg.evaluation.pairs import half_of
+from zeroseg.evaluation.protocols import PROTOCOLS, Sample, run_protocols
+from zeroseg.evaluation.summaries import best_median_worst, bootstrap_interval, mean_over_sets, summarise_groups
+from zeroseg.evaluation.tables import markdown_table, seconds_table
 
 
 def rectangle(shape, top, left, bottom, right) -> np.ndarray:
@@ -302,7 +287,7 @@ def test_the_mask_changes_nothing_but_the_prompts(inferer, sample):
 
 def run(dataset, out, pipeline, *more: str) -> int:
     folders = ["--images", str(dataset / "images"), "--masks", str(dataset / "masks"), "--out", str(out)]
-    return main([*folders, "--backbone", str(pipeline), "--device", "cpu", *more])
+    return main(["evaluate", *folders, "--backbone", str(pipeline), "--device", "cpu", *more])
 
 
 def test_a_folder_is_evaluated(dataset, tmp_path, tiny_pipeline, capsys):
@@ -369,7 +354,7 @@ def test_a_suite_skips_volumes_and_makes_one_table(dataset, tmp_path, tiny_pipel
         (suite / "volumes" / name).mkdir(parents=True)
         nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.uint8), np.eye(4)), suite / "volumes" / name / "v.nii.gz")
     arguments = ["--suite", str(suite), "--out", str(out), "--protocol", "auto,text", "--text", "set=a cell"]
-    assert main([*arguments, "--backbone", str(tiny_pipeline), "--device", "cpu"]) == 0
+    assert main(["evaluate", *arguments, "--backbone", str(tiny_pipeline), "--device", "cpu"]) == 0
     assert "volumes: skipped" in capsys.readouterr().out
     table = json.loads((out / "table.json").read_text())
     assert set(table["sets"]) == {"set", "other"}

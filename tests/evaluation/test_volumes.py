@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from tumor_model import save_tiny_model
+from zeroseg.cli import main
+from zeroseg.cli.main import run as run_command
 from zeroseg.errors import ZeroSegError
-from zeroseg.evaluation.images import main
-from zeroseg.evaluation.tables import find_pairs
+from zeroseg.evaluation.pairs import find_pairs
 from zeroseg.evaluation.volume_baselines import (
     all_foreground,
     border_rule,
@@ -20,7 +21,7 @@ from zeroseg.evaluation.volume_baselines import (
     suv40,
 )
 from zeroseg.evaluation.volume_metrics import lesions, score_volume, tolerance_of
-from zeroseg.evaluation.volumes import absent_rates, load_volume, parse
+from zeroseg.evaluation.volumes import absent_rates, load_volume
 
 
 def block(shape, *corners) -> np.ndarray:
@@ -124,7 +125,7 @@ def dataset(tmp_path):
 def run(dataset, model, out, *more) -> int:
     folders = ("--images", dataset / "images", "--masks", dataset / "masks", "--out", out)
     words = ("--organ", "liver", "--text", "liver tumour", "--modality", "ct", "--device", "cpu")
-    return main([*map(str, ("--inferer", "tumor", "--backbone", model, *folders, *words)), *more])
+    return main(["evaluate", *map(str, ("--inferer", "tumor", "--backbone", model, *folders, *words)), *more])
 
 
 def test_a_folder_of_volumes_is_evaluated(dataset, model, tmp_path, capsys):
@@ -216,7 +217,7 @@ def test_mistakes_are_one_line_and_exit_code_2(change, message, dataset, model, 
 
 def test_missing_folders_are_refused():
     with pytest.raises(ZeroSegError, match="--images"):
-        parse(["--out", "x"])
+        run_command(["evaluate", "--inferer", "tumor", "--out", "x"])
 
 
 def test_rates_by_kind():

@@ -14,10 +14,10 @@ import requests
 pytest.importorskip("monailabel")
 
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
-from soak import soak
 
 from phantom_studies import CLICK, OBJECT, SHAPE, oblique, write_studies
 from serving import serving
+from soak import soak
 from zeroseg.io import find_cases, read_image
 
 SMALL = ("--resolution", "128")  # a quarter of the embedded model's own side: quick, coarser

@@ -12,9 +12,9 @@ from PIL import Image
 pytest.importorskip("monailabel")
 
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
-from phantoms3d import SPACING, Volume, make_volume
 
 from phantom_studies import picture
+from phantoms3d import SPACING, Volume, make_volume
 from serving import serving
 from zeroseg.backbones.weights import MODELS
 from zeroseg.io import find_cases, read_image

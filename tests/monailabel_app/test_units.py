@@ -15,7 +15,6 @@ from scipy import ndimage
 
 pytest.importorskip("monailabel")
 
-import lib.bundle  # noqa: F401
 from lib.datastore import FolderDatastore, write_twin
 from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write

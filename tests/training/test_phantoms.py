@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import phantoms
 import pytest
+
+import phantoms
 from phantoms import SCENES, make_phantom
 
 SIZE = 64

@@ -7,10 +7,10 @@ import sys
 
 import nibabel as nib
 import numpy as np
-import phantoms
 import pytest
-from phantoms3d import HELD_OUT, KINDS, MODALITIES, ORGANS_OF, SCENES, make_volume
 
+import phantoms
+from phantoms3d import HELD_OUT, KINDS, MODALITIES, ORGANS_OF, SCENES, make_volume
 from zeroseg.tumor.prompts import ORGANS
 
 SEED_RANGE = range(6)

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 import train_backbone
 from phantoms import make_phantom
-from PIL import Image
 from train_backbone import SOURCES, Corpus, find_folders, main
-
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone, verify_sums
 

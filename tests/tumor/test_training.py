@@ -9,10 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import train_tumor_backbone
 from monai.bundle import ConfigParser
-from phantoms3d import HELD_OUT, write_volumes
 
+import train_tumor_backbone
+from phantoms3d import HELD_OUT, write_volumes
 from tumor_model import save_tiny_model
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
