@@ -113,7 +113,7 @@ def read_cases(folder: str | Path, organ: str | None = None, modality: str | Non
     """The cases of a folder with ``images/`` and ``masks/`` of the same names.
 
     Args:
-        folder: with ``cases.json`` (as ``scripts/phantoms.py --volumes`` writes it), or of real volumes of one kind.
+        folder: with ``cases.json`` (as ``scripts/training/phantoms.py --volumes`` writes it), or of real volumes of one kind.
         organ, modality: of all cases, where there is no ``cases.json``.
 
     Raises:
@@ -252,7 +252,7 @@ class AdapterTrainer:
     Args:
         backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
         text_encoder: frozen.
-        phantoms: folder of ``scripts/phantoms.py --volumes``, or several; None: none.
+        phantoms: folder of ``scripts/training/phantoms.py --volumes``, or several; None: none.
         real: list of {folder, organ, modality}: real volumes with masks.
         out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
         work: checkpoint; the run resumes from it.
