@@ -16,5 +16,5 @@ def test_the_tutorial(tiny_pipeline, tmp_path):
     Image.fromarray(color(64, 80)).save(tmp_path / "photo.png")
     tutorial = runpy.run_path(str(TUTORIAL))["tutorial"]
     seconds = tutorial(tmp_path / "photo.png", tmp_path / "out", str(tiny_pipeline))
-    assert list(seconds)[0] == "encode" and len(seconds) == 6
+    assert next(iter(seconds)) == "encode" and len(seconds) == 6
     assert Image.open(tmp_path / "out" / "tutorial.png").width > 5 * 64
