@@ -101,7 +101,7 @@ def changed(inferer: TumorSegmentationInferer, **settings):
 
 def variants(inferer: TumorSegmentationInferer, ablation: bool, steps: Sequence[int]) -> dict[str, dict]:
     """Row -> settings of the inferer that differ."""
-    rows = {"tumor": {}}
+    rows: dict[str, dict] = {"tumor": {}}
     if ablation:
         rows |= {name: {"stages": stages} for name, stages in ABLATION.items()}
     return rows | {f"tumor_steps_{count}": {"steps": count} for count in steps}
@@ -285,7 +285,12 @@ def evaluate_volumes(
     for pair in tqdm(pairs, desc=name, unit="volume"):
         stem = pair[0].stem
         try:
-            own = {"organ": inferer.organ, "tumor": inferer.tumor, "modality": modality} | (prompts or {}).get(stem, {})
+            own = {
+                "organ": inferer.organ,
+                "tumor": inferer.tumor,
+                "modality": modality,
+                **(prompts or {}).get(stem, {}),
+            }
             volume = load_volume(*pair, own.pop("modality"))
             allowed = tolerance or tolerance_of(volume.spacing)
             with changed(inferer, **own):
