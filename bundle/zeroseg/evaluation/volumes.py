@@ -92,11 +92,13 @@ def load_volume(image_case: Case, mask_case: Case, modality: str | None) -> Volu
 def changed(inferer: TumorSegmentationInferer, **settings):
     """The inferer with some settings changed for the time of a ``with`` block."""
     before = {name: getattr(inferer, name) for name in settings}
-    vars(inferer).update(settings)
     try:
+        for name, value in settings.items():
+            setattr(inferer, name, value)
         yield inferer
     finally:
-        vars(inferer).update(before)
+        for name, value in before.items():
+            setattr(inferer, name, value)
 
 
 def variants(inferer: TumorSegmentationInferer, ablation: bool, steps: Sequence[int]) -> dict[str, dict]:
@@ -291,7 +293,7 @@ def evaluate_volumes(
                 "modality": modality,
                 **(prompts or {}).get(stem, {}),
             }
-            volume = load_volume(*pair, own.pop("modality"))
+            volume = load_volume(pair[0], pair[1], own.pop("modality"))
             allowed = tolerance or tolerance_of(volume.spacing)
             with changed(inferer, **own):
                 scored, absent, predictions[stem] = run_volume(inferer, volume, asked, allowed, nonsense)
