@@ -136,8 +136,8 @@ class CaseRunner:
         dicom_seg: write DICOM SEG for DICOM input.
     """
 
-    prompt_keys = PROMPT_KEYS
-    options = ("text", "window", "dicom_seg")
+    prompt_keys: tuple[str, ...] = PROMPT_KEYS
+    options: tuple[str, ...] = ("text", "window", "dicom_seg")
     """Arguments that shape results, beside the inferer's."""
 
     def __init__(

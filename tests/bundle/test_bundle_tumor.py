@@ -61,6 +61,7 @@ def scan(shape=(24, 22, 9)) -> np.ndarray:
     return (values / values.std() * 150).astype(np.int16)
 
 
+@pytest.mark.slow
 def test_every_kind_of_case_in_one_run(tiny_tumor_model, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()

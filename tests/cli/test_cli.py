@@ -54,7 +54,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     printed = capsys.readouterr().out
-    assert end.value.code == 0 and all(f"\n    {name} " in printed for name in COMMANDS)
+    assert end.value.code == 0 and all(f" {name}" in printed for name in COMMANDS)
 
 
 def test_version(capsys):

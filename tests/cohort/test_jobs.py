@@ -117,6 +117,7 @@ def test_what_cannot_be_listed_is_one_line(source, filters, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_series_of_a_dicomweb_server(tmp_path):
     with orthanc(tmp_path / "orthanc") as server:

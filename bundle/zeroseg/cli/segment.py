@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     runner = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, Path(args.output_dir))
     # Words become an attribute: in a config, text that begins with $ is a program.
     runner.text, runner.prompts = args.text if args.text is not None else runner.text, args.prompts
-    runner.window = runner.window if window is None else window
+    if window is not None:
+        runner.window = (window[0], window[1])
     if prompt:
         cases = CaseDataset(args.input).cases
         if len(cases) > 1:

@@ -23,7 +23,10 @@ def add_json(parser: Parser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON; all else goes to stderr")
 
 
-def add_set(parser: Parser, what: str = "any setting of the config, as monai.bundle takes it; may be repeated") -> None:
+def add_set(
+    parser: argparse._ActionsContainer,
+    what: str = "any setting of the config, as monai.bundle takes it; may be repeated",
+) -> None:
     """``--set KEY=VALUE``."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
 

@@ -10,6 +10,7 @@ the bundle's inference_tumor.yaml.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from zeroseg.cli.parser import Parser
 from zeroseg.cli.shared import add_json, add_model, add_set, given, run_cases, words
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from zeroseg.configs import build_runner, find_config, parse_settings
 
-    settings = {name: words(text) for name, text in given(args, "organ", "tumor").items()}
+    settings: dict[str, Any] = {name: words(text) for name, text in given(args, "organ", "tumor").items()}
     settings |= given(args, "modality", "steps", "seed", "backbone", "device", "dtype", "adapters", "text_encoder")
     if args.stages is not None:
         settings["stages"] = [stage.strip() for stage in args.stages.split(",")]

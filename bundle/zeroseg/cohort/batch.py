@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,13 @@ class Cohort:
     gpus_per_worker: float = 0
     address: str | None = None
 
+    @property
+    def cpus(self) -> float:
+        """Cores of each worker."""
+        if self.cpus_per_worker is not None:
+            return self.cpus_per_worker
+        return max(1, _cores() // max(1, self.workers))
+
 
 def run(cohort: Cohort) -> Report:
     """Do the whole cohort; the report says what became of it.
@@ -63,9 +70,7 @@ def run(cohort: Cohort) -> Report:
     Raises:
         ZeroSegError: nothing could be begun, or a worker could not load the model.
     """
-    if cohort.cpus_per_worker is None:
-        cohort = replace(cohort, cpus_per_worker=max(1, _cores() // max(1, cohort.workers)))
-    if cohort.workers < 1 or cohort.cpus_per_worker <= 0 or cohort.gpus_per_worker < 0:
+    if cohort.workers < 1 or cohort.cpus <= 0 or cohort.gpus_per_worker < 0:
         raise ZeroSegError("--workers must be at least 1, --cpus-per-worker above 0, --gpus-per-worker 0 or more")
     if cohort.address:
         _check_reachable(cohort.address)
@@ -162,7 +167,7 @@ class Report:
             "unused_prompts": list(self.unused),
             "batch": {
                 "workers": self.cohort.workers,
-                "cpus_per_worker": self.cohort.cpus_per_worker,
+                "cpus_per_worker": self.cohort.cpus,
                 "gpus_per_worker": self.cohort.gpus_per_worker,
                 "load_seconds": self.load_seconds,
                 "start_seconds": round(self.ready - self.begun, 3),
@@ -228,7 +233,7 @@ def started_workers(cohort: Cohort, *plan: Any) -> Iterator[list[Any]]:
     """Start Ray, or join it, and one ``CaseWorker`` process per worker; all ends with the block.
 
     Args:
-        cohort: of which ``workers``, ``cpus_per_worker`` (given), ``gpus_per_worker`` and ``address`` count.
+        cohort: of which ``workers``, ``cpus``, ``gpus_per_worker`` and ``address`` count.
         plan: arguments of ``CaseWorker``.
 
     Raises:
@@ -244,7 +249,7 @@ def started_workers(cohort: Cohort, *plan: Any) -> Iterator[list[Any]]:
         import ray
     except ImportError:
         raise ZeroSegError("Ray is not installed: pip install 'zeroseg[batch]'") from None
-    needed = {"CPU": cohort.workers * cohort.cpus_per_worker, "GPU": cohort.workers * cohort.gpus_per_worker}
+    needed = {"CPU": cohort.workers * cohort.cpus, "GPU": cohort.workers * cohort.gpus_per_worker}
     # Ray's sockets need a short path; its logs go with the folder.
     with tempfile.TemporaryDirectory(prefix="zeroseg-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         here = {
@@ -269,10 +274,10 @@ def started_workers(cohort: Cohort, *plan: Any) -> Iterator[list[Any]]:
                         f"{cohort.workers} workers need {amount:g} {kind}s, there are {there.get(kind, 0):g}: lower --workers "
                         f"or --{kind.lower()}s-per-worker"
                     )
-            resources = f"{cohort.cpus_per_worker:g} CPU, {cohort.gpus_per_worker:g} GPU"
+            resources = f"{cohort.cpus:g} CPU, {cohort.gpus_per_worker:g} GPU"
             print(f"workers: {cohort.workers}, each with a model of its own, {resources}", flush=True)
             actor = ray.remote(CaseWorker).options(
-                num_cpus=cohort.cpus_per_worker, num_gpus=cohort.gpus_per_worker, max_restarts=-1, max_task_retries=1
+                num_cpus=cohort.cpus, num_gpus=cohort.gpus_per_worker, max_restarts=-1, max_task_retries=1
             )
             workers += [actor.remote(*plan) for _ in range(cohort.workers)]
             yield workers

@@ -151,6 +151,7 @@ def list_jobs(
         ZeroSegError: nothing can be listed there.
     """
     given = load_prompts(prompts, tuple(keys))
+    jobs: Sequence[Job]
     remote = source.startswith(("http://", "https://"))
     if filters and not remote:
         raise ZeroSegError("filters of studies only go with the URL of a DICOMweb server")
@@ -164,7 +165,7 @@ def list_jobs(
     return jobs, sorted(set(given) - {job.stem for job in jobs})
 
 
-def list_rows(path: Path, keys: Sequence[str]) -> list[Job]:
+def list_rows(path: Path, keys: Sequence[str]) -> Sequence[Job]:
     """One job per row of a CSV with the column ``path``.
 
     Paths count from the folder of the CSV. Further columns: ``case``, the name (default: the file's, with its folder's in
@@ -185,7 +186,8 @@ def list_rows(path: Path, keys: Sequence[str]) -> list[Job]:
         raise ZeroSegError(f"{path.name} is not a CSV in UTF-8: {error}") from error
     if not rows:
         raise ZeroSegError(f"{path.name} has no rows")
-    jobs, named = [], set()
+    jobs: list[FileJob] = []
+    named = set()
     for line, row in rows:
         where = f"{path.name}, line {line}"
         if not row["path"]:
@@ -220,7 +222,7 @@ def _row_prompt(row: Mapping[str, str], keys: Sequence[str], where: str) -> dict
     return prompt
 
 
-def list_series(url: str, filters: Mapping[str, str]) -> list[Job]:
+def list_series(url: str, filters: Mapping[str, str]) -> Sequence[Job]:
     """One job per series of images a DICOMweb server (QIDO-RS) has for the given attributes.
 
     Args:

@@ -32,7 +32,8 @@ def _lab(image: np.ndarray) -> np.ndarray:
 
 
 def _around(x: int, y: int) -> tuple[slice, slice]:
-    return tuple(slice(max(0, c - CLICK_RADIUS), c + CLICK_RADIUS + 1) for c in (y, x))
+    rows, columns = (slice(max(0, c - CLICK_RADIUS), c + CLICK_RADIUS + 1) for c in (y, x))
+    return rows, columns
 
 
 def _component(mask: np.ndarray, x: int, y: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 
 from zeroseg.io import atomic_path
@@ -29,7 +30,7 @@ def _ranked_by(scores: np.ndarray, risks: np.ndarray) -> np.ndarray:
     return (np.bincount(group, risks) / np.bincount(group))[np.sort(group)]
 
 
-def aurc(scores: Sequence[float], risks: Sequence[float]) -> float:
+def aurc(scores: ArrayLike, risks: ArrayLike) -> float:
     """Area under the risk-coverage curve (Geifman and El-Yaniv 2017, Selective classification for deep networks).
 
     The mean, over the coverages 1/n, 2/n, ..., 1, of the mean risk of the cases of highest score. A useless score has
@@ -43,8 +44,9 @@ def aurc(scores: Sequence[float], risks: Sequence[float]) -> float:
     return float((np.cumsum(ranked) / np.arange(1, len(ranked) + 1)).mean())
 
 
-def spearman(scores: Sequence[float], dice: Sequence[float]) -> float | None:
+def spearman(scores: ArrayLike, dice: ArrayLike) -> float | None:
     """Spearman's rank correlation; None for fewer than 3 cases, or where all scores or all Dice are equal."""
+    scores, dice = np.asarray(scores, np.float64), np.asarray(dice, np.float64)
     if len(scores) < 3 or np.ptp(scores) == 0 or np.ptp(dice) == 0:
         return None
     return float(spearmanr(scores, dice).statistic)

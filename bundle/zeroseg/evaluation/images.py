@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
@@ -36,7 +37,7 @@ TRUTH_COLOR = (86, 180, 233)
 
 def overlay(sample: Sample, mask: np.ndarray, protocol: str) -> PILImage.Image:
     """The image with the prediction (yellow), the mask (blue, just outside of it) and the prompt."""
-    prompt = {"points": [CLICKED[protocol](sample)]} if protocol in CLICKED else {}
+    prompt: dict[str, Any] = {"points": [CLICKED[protocol](sample)]} if protocol in CLICKED else {}
     prompt = {"box": bounding_box(sample.component)} if protocol == "box" else prompt
     picture = draw_overlay(sample.image, mask.astype(np.uint8), **prompt)
     truth = np.asarray(PILImage.fromarray(sample.truth).resize(picture.size, PILImage.Resampling.NEAREST))

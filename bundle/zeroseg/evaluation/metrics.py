@@ -17,5 +17,5 @@ def score(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
             warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges")  # MONAI's call of itself
             hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95).item()
     else:
-        hd95 = float(np.hypot(*truth.shape))
+        hd95 = float(np.linalg.norm(truth.shape))
     return {"dice": compute_dice(p, t).item(), "iou": compute_iou(p, t).item(), "hd95": hd95}

@@ -117,9 +117,9 @@ def run_baselines(sample: Sample, protocols: list[str]) -> list[dict]:
         bright, seconds = _timed(method, sample.image)
         for side, mask in (("bright", bright), ("dark", ~bright)):
             rows.append({"protocol": f"polarity/{name}_{side}", "seconds": seconds, **score(mask, sample.truth)})
-    for name, method in CLICKS.items():
+    for name, clicked in CLICKS.items():
         for protocol in [p for p in CLICKED if p in protocols]:
-            mask, seconds = _timed(method, sample.image, *CLICKED[protocol](sample))
+            mask, seconds = _timed(clicked, sample.image, *CLICKED[protocol](sample))
             full = f"baseline/{name}" if protocol == "points" else f"baseline/{name}_{protocol}"
             for suffix, target in (("", sample.truth), ("_component", sample.component)):
                 rows.append({"protocol": full + suffix, "seconds": seconds, **score(mask, target)})

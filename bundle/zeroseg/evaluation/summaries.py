@@ -25,7 +25,7 @@ def summarise(rows: list[dict], metrics: Iterable[str] = ("dice", "iou", "hd95")
         metrics: what to average.
     """
     columns = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in metrics}
-    out = {name: float(values.mean()) for name, values in columns.items()} | {"n": len(rows)}
+    out: dict = {name: float(values.mean()) for name, values in columns.items()} | {"n": len(rows)}
     out |= {f"{name}_std": float(values.std()) for name, values in columns.items()}
     out |= {f"{name}_median": float(np.median(values)) for name, values in columns.items()}
     out["dice_ci95"] = bootstrap_interval(columns["dice"])

@@ -21,7 +21,7 @@ def markdown_table(summaries: dict[str, dict]) -> str:
 
 def seconds_table(summaries: dict[str, dict]) -> str:
     """Mean seconds per case, a row per method and a column per set; the model's encoding and prompt apart."""
-    tables = {}
+    tables: dict[str, dict[str, dict]] = {}
     for name, summary in summaries.items():
         tables[name] = table = {}
         for method, values in methods_of(summary).items():
@@ -76,7 +76,7 @@ def _table(title: str, tables: dict[str, dict[str, dict]], key: str, first: Iter
     lines = [[title, *tables, "mean"], ["---"] + ["---:"] * (len(tables) + 1), *first]
     for method in methods:
         values = [table[method][key] if method in table else None for table in tables.values()]
-        mean = float(np.mean(values)) if method in common else None
+        mean = float(np.mean([table[method][key] for table in tables.values()])) if method in common else None
         lines.append([method, *map(_cell, values), _cell(mean)])
     return markdown_rows(lines)
 

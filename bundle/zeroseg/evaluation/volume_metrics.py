@@ -35,17 +35,17 @@ def score_volume(
         ``METRICS`` by name; HD95, the 95th percentile of the Hausdorff distance, in mm, all others in 0..1.
     """
     wide = [axis for axis, side in enumerate(truth.shape) if side > 1]
-    shape, spacing = [truth.shape[axis] for axis in wide], [float(spacing[axis]) for axis in wide]
+    shape, sides = [truth.shape[axis] for axis in wide], [float(spacing[axis]) for axis in wide]
     prediction, truth = prediction.reshape(shape), truth.reshape(shape)
     found = lesions(prediction, truth)
     if not prediction.any():
-        diagonal = float(np.linalg.norm(np.multiply(shape, spacing)))
+        diagonal = float(np.linalg.norm(np.multiply(shape, sides)))
         return {"dice": 0.0, "iou": 0.0, "hd95": diagonal, "nsd": 0.0, **found}
     p, t = (torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() for mask in (prediction, truth))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="monai.metrics")  # MONAI's call of its own deprecated form
         warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges")
-        surface = {"include_background": True, "spacing": spacing}
+        surface = {"include_background": True, "spacing": sides}
         hd95 = compute_hausdorff_distance(p, t, percentile=95, **surface).item()
         nsd = compute_surface_dice(p, t, class_thresholds=[tolerance], **surface).item()
     return {"dice": compute_dice(p, t).item(), "iou": compute_iou(p, t).item(), "hd95": hd95, "nsd": nsd, **found}

@@ -92,16 +92,18 @@ def load_volume(image_case: Case, mask_case: Case, modality: str | None) -> Volu
 def changed(inferer: TumorSegmentationInferer, **settings):
     """The inferer with some settings changed for the time of a ``with`` block."""
     before = {name: getattr(inferer, name) for name in settings}
-    vars(inferer).update(settings)
     try:
+        for name, value in settings.items():
+            setattr(inferer, name, value)
         yield inferer
     finally:
-        vars(inferer).update(before)
+        for name, value in before.items():
+            setattr(inferer, name, value)
 
 
 def variants(inferer: TumorSegmentationInferer, ablation: bool, steps: Sequence[int]) -> dict[str, dict]:
     """Row -> settings of the inferer that differ."""
-    rows = {"tumor": {}}
+    rows: dict[str, dict] = {"tumor": {}}
     if ablation:
         rows |= {name: {"stages": stages} for name, stages in ABLATION.items()}
     return rows | {f"tumor_steps_{count}": {"steps": count} for count in steps}
@@ -285,8 +287,13 @@ def evaluate_volumes(
     for pair in tqdm(pairs, desc=name, unit="volume"):
         stem = pair[0].stem
         try:
-            own = {"organ": inferer.organ, "tumor": inferer.tumor, "modality": modality} | (prompts or {}).get(stem, {})
-            volume = load_volume(*pair, own.pop("modality"))
+            own = {
+                "organ": inferer.organ,
+                "tumor": inferer.tumor,
+                "modality": modality,
+                **(prompts or {}).get(stem, {}),
+            }
+            volume = load_volume(pair[0], pair[1], own.pop("modality"))
             allowed = tolerance or tolerance_of(volume.spacing)
             with changed(inferer, **own):
                 scored, absent, predictions[stem] = run_volume(inferer, volume, asked, allowed, nonsense)
