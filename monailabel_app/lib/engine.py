@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lib.memory import ByteLimitedCache, CachedInferer
+from lib.memory import ByteLimitedCache, CachedInferer, bytes_of
 from lib.sources import OpenImage, read_source, source_of, stamp
-from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
+from zeroseg.segmentation import Segmentation
 
 
 class Engine:
@@ -23,7 +23,7 @@ class Engine:
     """
 
     def __init__(self, backbone, cache_bytes: int = 1 << 30, **settings: Any):
-        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, lambda entry: entry.nbytes)
+        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, bytes_of)
         self.inferer = CachedInferer(cache_bytes, backbone=backbone, **settings)
 
     def open(self, uri: str) -> OpenImage:
@@ -55,7 +55,7 @@ class Engine:
         Raises:
             ZeroSegError: a setting or a prompt is wrong; WeightsError: the weights cannot be loaded.
         """
-        inferer = self.inferer.with_settings(**(settings or {}))
+        inferer = self.inferer.replace(**(settings or {}))
         if only_slice is None or not entry.image.is_volume:
             return inferer.segment(entry.prepared, select, prepared=True, **prompt)
         axis = inferer.slice_axis % 3

@@ -5,7 +5,6 @@ All caches forget the least recently used first and stay below a limit in bytes.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 import time
@@ -17,24 +16,10 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from lib.mends.responsive import stop_if_abandoned
-from zeroseg.attention import AttentionSegmentationInferer
-from zeroseg.attention.inferer import EncodedImage
+from lib.sources import OpenImage
+from zeroseg.attention import AttentionSegmentationInferer, EncodedImage
 
 Value = TypeVar("Value")
-MERGING = ("thresholds", "max_segments", "grid")
-"""Settings of the inferer that concern the proposals an encoding keeps, not the encoding."""
-PER_CALL = (
-    *MERGING,
-    "assign",
-    "select",
-    "refine",
-    "text_certainty",
-    "slice_axis",
-    "working_size",
-    "progress",
-    "backbone",
-)
-"""Settings of the inferer that an encoding does not depend on; working_size is fixed, the backbone has its fingerprint."""
 
 
 class ByteLimitedCache(Generic[Value]):
@@ -76,49 +61,18 @@ class ByteLimitedCache(Generic[Value]):
                 self._entries[key] = value
 
 
-class RecalledEncoding(EncodedImage):
-    """What is left of an encoding when its attention had to go: enough for clicks, which need the paths between tokens only.
-
-    The attention of a slice takes 64 MB for the embedded model, the paths less than 1 MB: a click that follows an object
-    through a hundred slices is answered from memory all the same. A prompt that needs the attention runs the backbone again.
-    """
-
-    def __init__(self, encoded: EncodedImage, again: Callable[[], EncodedImage]):
-        self.image, self.size, self.latents = encoded.image, encoded.size, encoded.latents
-        self.seconds, self._side, self._again = {}, encoded.side, again
-        self._paths, self._full = encoded.paths, None
-
-    @property
-    def full(self) -> EncodedImage:
-        if self._full is None:
-            self._full = self._again()
-        return self._full
-
-    attention = property(lambda self: self.full.attention)
-    distance = property(lambda self: self.full.distance)
-    side = property(lambda self: self._side)
-    paths = property(lambda self: self._paths)
-    _proposals = property(
-        lambda self: self.full._proposals, lambda self, value: setattr(self.full, "_proposals", value)
-    )
-    _probe = property(lambda self: self.full._probe, lambda self, value: setattr(self.full, "_probe", value))
-
-
 class CachedInferer(AttentionSegmentationInferer):
     """The bundle's inferer with a memory for encodings, keyed by image content, backbone and settings.
 
     Args:
-        limit: bytes of whole encodings; a tenth of it is for the remains that serve clicks.
+        limit: bytes of whole encodings; a tenth of it is for what is left of those that had to go, which serves clicks.
         settings: of the bundle's inferer.
     """
 
     def __init__(self, limit: int, **settings: Any):
         super().__init__(**settings)
         self.encodings: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit, bytes_of)
-        self.remains: ByteLimitedCache[RecalledEncoding] = ByteLimitedCache(limit // 10, bytes_of)
-
-    def settings(self) -> dict:
-        return {k: v for k, v in super().settings().items() if k not in ("encodings", "remains")}
+        self.remains: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit // 10, bytes_of)
 
     def encode_prepared(self, full: Tensor) -> EncodedImage:
         """``encode_prepared`` of the bundle, or its earlier answer; stops where nobody waits for the answer any more."""
@@ -127,47 +81,26 @@ class CachedInferer(AttentionSegmentationInferer):
         # A copy, unless it is the image itself: a view would keep its whole volume in memory.
         full = full.contiguous()
         content = hashlib.sha256(full.cpu().numpy()).hexdigest()
-        settings = tuple((k, str(v)) for k, v in sorted(self.settings().items()) if k not in PER_CALL)
-        key = (content, tuple(full.shape), self.backbone.fingerprint, settings)
+        key = (content, tuple(full.shape), self.backbone.fingerprint, self.encoding_key)
         encoded = self.encodings.get(key)
-        if encoded is None:
-            encoded = self.remains.get(key)
-            if encoded is None:
-                return self._encode(key, full)
-            encoded._full = None
-        # This call spends no time on them.
-        encoded.seconds = {}
-        return encoded
-
-    def proposals(self, encoded: EncodedImage):
-        """As the bundle's; what was kept for other settings is forgotten."""
-        merging = [getattr(self, name) for name in MERGING]
-        if vars(encoded).get("merging") != merging:
-            encoded._proposals, encoded.merging = None, merging
-        return super().proposals(encoded)
+        if encoded is not None:
+            # This call spends no time on it.
+            encoded.seconds = {}
+            return encoded
+        left = self.remains.get(key)
+        # What a prompt recalls for it lives as long as the prompt, not as long as the memory.
+        return self._encode(key, full) if left is None else left.fresh()
 
     def _encode(self, key: Hashable, full: Tensor) -> EncodedImage:
         encoded = super().encode_prepared(full)
         start = time.perf_counter()
         # Measured now, because the attention may be gone when the next click comes.
-        self.remains.put(key, RecalledEncoding(encoded, lambda: self._encode(key, full)))
+        self.remains.put(key, encoded.without_attention(lambda: self._encode(key, full)))
         encoded.seconds["paths"] = time.perf_counter() - start
         self.encodings.put(key, encoded)
         return encoded
 
-    def with_settings(self, **settings: Any) -> CachedInferer:
-        """A copy with other settings that shares backbone and memory."""
-        other = copy.copy(self)
-        for name, value in settings.items():
-            setattr(other, name, value)
-        return other
 
-
-def bytes_of(encoded: EncodedImage) -> int:
-    """Bytes an encoding takes in memory, or what is left of it."""
-    kept = encoded.image.nbytes + encoded.latents.nbytes
-    if isinstance(encoded, RecalledEncoding):
-        # 8-neighbourhoods, each step kept once: a float64 cost and an int32 end.
-        return kept + 4 * encoded.side**2 * 12
-    # Beside the attention stand its logarithms, as large, once a prompt has needed them.
-    return kept + 2 * encoded.attention.nbytes
+def bytes_of(entry: EncodedImage | OpenImage) -> int:
+    """Bytes an entry takes in memory."""
+    return entry.nbytes
