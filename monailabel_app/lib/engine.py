@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.memory import ByteLimitedCache, CachedInferer
+from lib.memory import ByteLimitedCache, CachedInferer, bytes_of
 from lib.sources import OpenImage, read_source, source_of, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.segmentation import Segmentation
@@ -23,7 +23,7 @@ class Engine:
     """
 
     def __init__(self, backbone, cache_bytes: int = 1 << 30, **settings: Any):
-        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, lambda entry: entry.nbytes)
+        self.images: ByteLimitedCache[OpenImage] = ByteLimitedCache(cache_bytes, bytes_of)
         self.inferer = CachedInferer(cache_bytes, backbone=backbone, **settings)
 
     def open(self, uri: str) -> OpenImage:

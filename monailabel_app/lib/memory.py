@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from lib.mends.responsive import stop_if_abandoned
+from lib.sources import OpenImage
 from zeroseg.attention import AttentionSegmentationInferer, EncodedImage
 
 Value = TypeVar("Value")
@@ -83,7 +84,8 @@ class CachedInferer(AttentionSegmentationInferer):
         key = (content, tuple(full.shape), self.backbone.fingerprint, self.encoding_key)
         encoded = self.encodings.get(key)
         if encoded is not None:
-            encoded.seconds = {}  # this call spends no time on it
+            # This call spends no time on it.
+            encoded.seconds = {}
             return encoded
         left = self.remains.get(key)
         # What a prompt recalls for it lives as long as the prompt, not as long as the memory.
@@ -99,6 +101,6 @@ class CachedInferer(AttentionSegmentationInferer):
         return encoded
 
 
-def bytes_of(encoded: EncodedImage) -> int:
-    """Bytes an encoding takes in memory, or what is left of it."""
-    return encoded.nbytes
+def bytes_of(entry: EncodedImage | OpenImage) -> int:
+    """Bytes an entry takes in memory."""
+    return entry.nbytes

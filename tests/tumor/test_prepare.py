@@ -82,10 +82,6 @@ def test_masks_come_to_the_working_grid(smooth, permutation):
     assert torch.equal(prepared.from_input(np.ones(smooth.shape)), prepared.inside)
 
 
-def to_unit(values, modality, *window):
-    return intensity_of(values, modality, *window).to_unit(values)
-
-
 def test_ct_goes_through_the_models_window():
     values = np.array([-2000.0, -250, 0, 250, 3000])
     np.testing.assert_allclose(intensity_of(values, "ct", (-250, 250)).to_unit(values), [0, 0, 0.5, 1, 1])
