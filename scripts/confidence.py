@@ -13,8 +13,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import _path  # noqa: F401
-from zeroseg.attention import Segmentation
 from zeroseg.io import atomic_path
+from zeroseg.segmentation import Segmentation
 
 BINS = 10  # of equal width, on [0, 1]
 

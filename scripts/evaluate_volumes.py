@@ -55,7 +55,6 @@ from volume_metrics import METRICS, score_volume, tolerance_of
 from zeroseg.backbones.frozen import DTYPES
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.cases import MODALITIES, TUMOR_PROMPT_KEYS
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import (
     Case,
@@ -70,7 +69,8 @@ from zeroseg.io import (
     write_json,
 )
 from zeroseg.tumor import TumorSegmentationInferer
-from zeroseg.tumor.prompts import check_modality
+from zeroseg.tumor.cases import TUMOR_PROMPT_KEYS
+from zeroseg.tumor.prompts import DICOM_MODALITIES, check_modality
 
 COLUMNS = ("case", "protocol", *METRICS, "seconds")
 ABLATION: dict[str, tuple[str, ...]] = {
@@ -121,7 +121,7 @@ def load_volume(image_case: Case, mask_case: Case, modality: str | None) -> Volu
     if not image.is_volume:
         values, unit, truth = values[..., None], unit[..., None], truth[..., None]
         spacing, affine = (*spacing, 1.0), slice_affine(spacing)
-    modality = modality or MODALITIES.get(image.modality or "")
+    modality = modality or DICOM_MODALITIES.get(image.modality or "")
     return Volume(image_case.stem, values, unit, truth, affine, tuple(spacing), modality)
 
 
@@ -188,7 +188,7 @@ def _answer(kind: str, text: str | None, result) -> dict:
         "kind": kind,
         "text": text or "",
         "absent": bool(result.absent),
-        "because": result.details["absent_because"] or "",
+        "because": result.reason or "",
         "image_probability": result.details["image_probability"],
     }
 

@@ -83,14 +83,14 @@ def test_a_second_prompt_needs_no_second_pass_and_changes_nothing(tiny_backbone,
     inferer = Engine(tiny_backbone).inferer
     first = inferer.segment(image, points=[[40, 52]])
     again = inferer.segment(image, points=[[40, 52]])
-    inferer.with_settings(refine="none").segment(image, "auto")
-    few = [inferer.with_settings(max_segments=n).segment(image, "segments").labels.max() for n in (16, 2, 16)]
+    inferer.replace(refine="none").segment(image, "auto")
+    few = [inferer.replace(max_segments=n).segment(image, "segments").labels.max() for n in (16, 2, 16)]
     assert few[0] == few[2] > few[1] and len(passes) == 1
     assert "encode" in first.seconds and "encode" not in again.seconds
     plain = AttentionSegmentationInferer(tiny_backbone).segment(image, points=[[40, 52]])
     for result in (first, again):
         np.testing.assert_array_equal(result.labels, plain.labels)
-    inferer.with_settings(timestep=100).segment(image, points=[[40, 52]])
+    inferer.replace(timestep=100).segment(image, points=[[40, 52]])
     inferer.segment(image + 0.01, points=[[40, 52]])
     assert len(passes) == 4  # another setting; another image; and the plain inferer
 

@@ -26,8 +26,9 @@ from cohort import FileJob, list_jobs
 from orthanc import missing, orthanc
 from records import RECORDS, read_record, sole_writer
 from zeroseg.attention import AttentionSegmentationInferer
-from zeroseg.cases import PROMPT_KEYS, TUMOR_PROMPT_KEYS, CaseDataset, CaseRunner
+from zeroseg.cases import PROMPT_KEYS, CaseDataset, CaseRunner
 from zeroseg.errors import ZeroSegError
+from zeroseg.tumor.cases import TUMOR_PROMPT_KEYS
 
 SCRIPT = Path(batch.__file__)
 TESTS = Path(__file__).parent

@@ -18,9 +18,10 @@ from PIL import Image
 from scipy import ndimage
 
 from bad_inputs import OBLIQUE, ct_series, write_nifti
-from zeroseg.cases import MODALITIES, load_prompts
+from zeroseg.cases import load_prompts
 from zeroseg.errors import ZeroSegError
 from zeroseg.tumor import TumorSegmentationInferer
+from zeroseg.tumor.prompts import DICOM_MODALITIES
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 CONFIG = BUNDLE / "configs" / "inference_tumor.yaml"
@@ -99,7 +100,7 @@ def test_every_kind_of_case_in_one_run(tiny_tumor_model, tmp_path):
         assert pydicom.dcmread(out / "abdomen_seg.dcm").Modality == "SEG"
     assert {p.name for p in out.iterdir()} == {"manifest.json", *(f for c in done_cases.values() for f in c["files"])}
 
-    assert cases["tiny"]["absent"] and "knows none of the words" in cases["tiny"]["details"]["absent_because"]
+    assert cases["tiny"]["absent"] and "knows none of the words" in cases["tiny"]["absent_because"]
     assert not np.asarray(nib.load(out / "tiny_seg.nii.gz").dataobj).any()
     assert any("is it MR?" in note for note in cases["magnitude"]["notes"])
     assert any("did you mean 'kidney'" in note for note in cases["thick"]["notes"])
@@ -158,7 +159,7 @@ def test_prompt_files_of_the_tumour_task(tmp_path):
     path.write_text(json.dumps({"a": {"text": "tumour"}}))
     with pytest.raises(ZeroSegError, match="unknown key 'text'; use organ, tumor, modality"):
         load_prompts(path, ("organ", "tumor", "modality"))
-    assert set(MODALITIES.values()) == {"ct", "mr", "pet"}
+    assert set(DICOM_MODALITIES.values()) == {"ct", "mr", "pet"}
 
 
 def test_the_config_builds_the_inferer_with_its_own_defaults():

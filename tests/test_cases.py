@@ -166,7 +166,7 @@ def test_text_for_all_leaves_prompts_of_their_own_alone(inferer, images, out, tm
 
 
 def test_an_absent_object_is_an_empty_mask_with_a_title(inferer, images, out):
-    inferer.text_certainty = 1e9
+    inferer = inferer.replace(text_certainty=1e9)
     case = run(inferer, images / "first.png", out, text="cells")["cases"][0]
     assert case["absent"] and case["scores"] == []
     assert not np.asarray(Image.open(out / "first_seg.png")).any()
@@ -241,7 +241,7 @@ def test_results_inside_the_images_folder_are_no_images(inferer, images):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(inferer, images, out, capsys, change, message):
-    inferer.select = change.pop("select", None)
+    inferer = inferer.replace(select=change.pop("select", None))
     given = {"images": images / "first.png", "out": out, **change}
     with pytest.raises(SystemExit) as end:
         CaseRunner(inferer, CaseDataset(given.pop("images")), given.pop("out"), **given).run()

@@ -12,9 +12,10 @@ import dicom_series
 from bad_inputs import color, ct_series, gray
 from cohort import list_jobs
 from orthanc import missing, orthanc
-from zeroseg.cases import PROMPT_KEYS, TUMOR_PROMPT_KEYS
+from zeroseg.cases import PROMPT_KEYS
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import read_image
+from zeroseg.tumor.cases import TUMOR_PROMPT_KEYS
 
 
 @pytest.fixture

@@ -147,4 +147,4 @@ def test_the_tumour_bundle_as_a_user_starts_it(tmp_path):
     masks = {name: np.asarray(nib.load(out / f"{name}_seg.nii.gz").dataobj) > 0 for name in prompts}
     assert not cases["lesion"]["absent"] and dice(masks["lesion"], drawn.mask) > 0.3
     assert cases["nonsense"]["absent"] and not masks["nonsense"].any()
-    assert "knows none of the words" in cases["nonsense"]["details"]["absent_because"]
+    assert "knows none of the words" in cases["nonsense"]["absent_because"]

@@ -50,7 +50,7 @@ def test_everything_comes_back_on_the_inputs_grid(make, volume):
     assert result.labels.shape == result.confidence.shape == shape
     assert result.labels.dtype == np.uint8 and set(np.unique(result.labels)) == {0, 1}
     assert result.confidence.dtype == np.float32 and 0 <= result.confidence.min() <= result.confidence.max() <= 1
-    assert result.select == "tumor" and not result.absent and len(result.scores) == 1 and 0.5 < result.scores[0] <= 1
+    assert result.rule == "tumor" and not result.absent and len(result.scores) == 1 and 0.5 < result.scores[0] <= 1
     assert set(result.evidence) == {"aova", "healthy", "pixel_residual", "feature_residual"}
     for values in result.evidence.values():
         assert values.shape == shape and values.dtype == np.float32 and np.isfinite(values).all()
@@ -110,17 +110,17 @@ def test_equal_seeds_equal_masks(make, volume):
 def test_words_the_encoder_does_not_know_find_nothing(make, volume):
     result = make().segment(volume, affine=AFFINE, modality="ct", tumor="purple bicycle")
     assert result.absent and not result.labels.any() and result.scores == []
-    assert "knows none of the words" in result.details["absent_because"]
+    assert "knows none of the words" in result.reason
     assert result.details["unknown_words"] == ["purple", "bicycle"]
     half = make().segment(volume, affine=AFFINE, modality="ct", tumor="liver bicycle")
-    assert half.details["notes"] == ["the text encoder does not know: bicycle"]
+    assert half.notes == ["the text encoder does not know: bicycle"]
 
 
 def test_other_reasons_for_absent(make, volume):
     def reason(**options):
         result = make(**options).segment(volume, affine=AFFINE, modality="ct")
         assert result.absent == (not result.labels.any())
-        return result.details["absent_because"]
+        return result.reason
 
     assert reason() is None
     assert "does not look like it" in reason(presence=1)
@@ -135,7 +135,7 @@ def test_the_null_prompts_veto(make, volume, tiny_tumor_model):
         torch.nn.init.zeros_(stage.text[-1].weight)
     adapters.bias.fill_(5.0)
     result = make(adapters=adapters).segment(volume, affine=AFFINE, modality="ct")
-    assert result.absent and "no voxel better than no prompt" in result.details["absent_because"]
+    assert result.absent and "no voxel better than no prompt" in result.reason
 
 
 def test_components_and_threshold(make, volume):
@@ -208,9 +208,9 @@ def test_volumes_larger_than_a_window(make):
 
 
 def test_mr_given_as_ct_is_doubted_with_the_reason(make, volume):
-    notes = " ".join(make().segment(np.abs(volume) * 10, affine=AFFINE, modality="ct").details["notes"])
+    notes = " ".join(make().segment(np.abs(volume) * 10, affine=AFFINE, modality="ct").notes)
     assert "given as CT" in notes and "is it MR?" in notes
-    assert make().segment(np.abs(volume) * 10, affine=AFFINE, modality="mr").details["notes"] == []
+    assert make().segment(np.abs(volume) * 10, affine=AFFINE, modality="mr").notes == []
 
 
 def test_hu_out_of_range_and_unknown_organs_are_noted(make, volume):
@@ -237,7 +237,7 @@ def test_bad_volumes(make, array, message):
 
 def test_a_constant_volume_is_absent_not_an_error(make):
     result = make(presence=0.99).segment(np.zeros((1, 20, 20, 20), np.float32), affine=AFFINE, modality="mr")
-    assert result.absent and any("constant" in note for note in result.details["notes"])
+    assert result.absent and any("constant" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.tumor.prepare import MAX_VOXELS, Intensity, intensity_of, prepare, to_unit
+from zeroseg.tumor.prepare import WORKING_VOXELS, Intensity, intensity_of, prepare
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,14 @@ def test_masks_come_to_the_working_grid(smooth, permutation):
 
 def test_ct_goes_through_the_models_window():
     values = np.array([-2000.0, -250, 0, 250, 3000])
-    np.testing.assert_allclose(to_unit(values, "ct", (-250, 250)), [0, 0, 0.5, 1, 1])
-    np.testing.assert_allclose(to_unit(values, "CT"), [0, 0.375, 0.5, 0.625, 1])
+    np.testing.assert_allclose(intensity_of(values, "ct", (-250, 250)).to_unit(values), [0, 0, 0.5, 1, 1])
+    np.testing.assert_allclose(intensity_of(values, "CT").to_unit(values), [0, 0.375, 0.5, 0.625, 1])
 
 
 def test_mr_and_pet_do_not_depend_on_the_unit():
     values = np.random.default_rng(0).gamma(2, 10, 5000)
     for modality in ("mr", "pet"):
-        np.testing.assert_allclose(to_unit(values, modality), to_unit(values * 37, modality), atol=1e-6)
+        np.testing.assert_allclose(*(intensity_of(v, modality).to_unit(v) for v in (values, values * 37)), atol=1e-6)
     pet = intensity_of(values, "pet")
     np.testing.assert_allclose(pet.to_unit(np.array([0, pet.high / 4, pet.high])), [0, 0.5, 1])
 
@@ -134,7 +134,7 @@ def test_a_volume_smaller_than_anything():
 
 def test_a_huge_extent_is_worked_on_coarsely():
     prepared = prepare(np.random.default_rng(0).random((1, 9, 9, 9)), np.diag([200.0, 200, 200, 1]), "mr", (3, 3, 3))
-    assert prepared.volume.numel() < 1.2 * MAX_VOXELS and any("very large" in note for note in prepared.notes)
+    assert prepared.volume.numel() < 1.2 * WORKING_VOXELS and any("very large" in note for note in prepared.notes)
 
 
 def test_doubts_about_ct():

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from zeroseg import __version__
-from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError, is_out_of_memory
+from zeroseg.interaction.prompts import PROMPT_KEYS, check_values
 from zeroseg.io import (
     Case,
     Image,
@@ -30,7 +30,6 @@ from zeroseg.io import (
     one_line,
     overlay_slices,
     read_image,
-    slice_affine,
     sole_writer,
     staged,
     to_unit_range,
@@ -38,20 +37,15 @@ from zeroseg.io import (
     write_confidence,
     write_dicom_seg,
     write_json,
-    write_map,
     write_mask,
 )
-from zeroseg.prompts import check_values
+from zeroseg.segmentation import Segmentation
 from zeroseg.signals import Terminated, sigterm_like_ctrl_c, undisturbed
 
 logger = logging.getLogger(__name__)
 
-PROMPT_KEYS = ("select", "points", "labels", "box", "text")
-TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality")
 MAX_PROMPTS = 64 << 20
 """Bytes a prompts file may have: some hundred thousand cases."""
-MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
-"""DICOM's names -> those of ``zeroseg.tumor``."""
 
 
 class CaseDataset(Dataset):
@@ -263,6 +257,8 @@ class CaseRunner:
             check_values(prompt)
             result = self._segment(image, unit, prompt)
             segmented = time.perf_counter()
+            for doubt in result.notes:
+                tqdm.write(one_line(f"zeroseg: {case.stem}: warning: {doubt}"), file=sys.stderr)
             with staged(output) as stage:
                 files, notes = self._write(case, image, unit, result, prompt, stage)
             entry["files"] = files
@@ -272,9 +268,11 @@ class CaseRunner:
                 modality=image.modality,
                 shape=list(image.shape),
                 spacing_mm=image.spacing,
-                notes=[*image.notes, *notes],
-                select=result.select,
+                notes=[*image.notes, *notes, *result.notes],
+                select=result.rule,
                 absent=result.absent,
+                name=result.name,
+                absent_because=result.reason,
                 scores=[round(s, 4) for s in result.scores],
                 details=result.details,
                 mask_sha256=_mask_sha256(result.labels),
@@ -311,7 +309,7 @@ class CaseRunner:
         """Write every file of a case; returns their names and notes on what could not be written."""
         mask = write_mask(image, result.labels, output / f"{case.stem}_seg{image.suffix}")
         confidence = write_confidence(image, result.confidence, output / f"{case.stem}_confidence{image.suffix}")
-        title = f"absent: {result.details.get('text', '')}" if result.absent else None
+        title = f"absent: {result.name or ''}" if result.absent else None
         if image.is_volume:
             picture = overlay_slices(
                 unit, result.labels, axis=getattr(self.inferer, "slice_axis", -1) % 3, affine=image.affine, title=title
@@ -326,7 +324,7 @@ class CaseRunner:
             picture.save(part, format="PNG")
         files, notes = [mask.name, confidence.name, overlay.name], []
         if self.dicom_seg and case.kind.startswith("dicom"):
-            names = {1: result.details.get("text") or "object"} if result.select != "segments" else None
+            names = {1: result.name or "object"} if result.rule != "segments" else None
             try:
                 written = write_dicom_seg(
                     image,
@@ -344,51 +342,3 @@ class CaseRunner:
 def _mask_sha256(labels: np.ndarray) -> str:
     """SHA-256 of a mask's values, uint8 in C order, by which a later run tells whether it found the same."""
     return hashlib.sha256(np.ascontiguousarray(labels, np.uint8)).hexdigest()
-
-
-class TumorCaseRunner(CaseRunner):
-    """``CaseRunner`` for ``zeroseg.tumor``: the inferer gets the scan's own values and geometry, and evidence is
-    written too.
-
-    Further files per case, as far as their stages ran: ``<stem>_aova``, ``<stem>_healthy``, ``<stem>_pixel_residual``
-    and ``<stem>_feature_residual`` (float32: NIfTI, or TIFF for 2-D images). Doubts about a case, such as values that
-    do not fit its modality, are printed and noted in the manifest. ``prompts.json`` takes ``organ``, ``tumor`` and
-    ``modality``.
-
-    Args:
-        inferer: a ``TumorSegmentationInferer``.
-        evidence: write the evidence.
-        other arguments: as ``CaseRunner``, without ``text``; ``window`` only concerns the overlay.
-    """
-
-    prompt_keys = TUMOR_PROMPT_KEYS
-    options = ("text", "window", "dicom_seg", "evidence")
-
-    def __init__(self, *args: Any, evidence: bool = True, **options: Any):
-        super().__init__(*args, text=None, **options)
-        self.evidence = evidence
-
-    def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
-        modality = prompt.get("modality") or self.inferer.modality or MODALITIES.get(image.modality or "")
-        own = {"organ": self.inferer.organ, "tumor": self.inferer.tumor} if "organ" not in prompt else {"tumor": None}
-        return {**own, **prompt, "modality": modality}
-
-    def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
-        if image.is_volume:
-            return self.inferer.segment(image.array, affine=image.affine, **prompt)
-        affine = None if image.spacing is None else slice_affine(image.spacing)
-        result = self.inferer.segment(image.array[..., None], affine=affine, **prompt)
-        result.labels, result.confidence = result.labels[..., 0], result.confidence[..., 0]
-        result.evidence = {name: values[..., 0] for name, values in result.evidence.items()}
-        return result
-
-    def _write(
-        self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path
-    ) -> tuple[list[str], list[str]]:
-        files, notes = super()._write(case, image, unit, result, {}, output)
-        for name, values in result.evidence.items() if self.evidence else ():
-            files.append(write_map(image, values, output / f"{case.stem}_{name}").name)
-        doubts = result.details.pop("notes", [])
-        for doubt in doubts:
-            tqdm.write(f"zeroseg: {case.stem}: warning: {doubt}", file=sys.stderr)
-        return files, [*notes, *doubts]

@@ -6,7 +6,6 @@ forget the least recently used first and stay below a limit in bytes.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 import time
@@ -21,29 +20,15 @@ import torch
 from torch import Tensor
 
 from lib.responsive import stop_if_abandoned
-from zeroseg.attention import AttentionSegmentationInferer, Segmentation
-from zeroseg.attention.inferer import EncodedImage
+from zeroseg.attention import AttentionSegmentationInferer, EncodedImage
 from zeroseg.attention.prepare import prepare
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image, find_cases, read_image, to_unit_range
+from zeroseg.segmentation import Segmentation
 
 Value = TypeVar("Value")
 CONVERTED = ".converted"
 """Folder in a folder of studies that holds DICOM series as NIfTI, for viewers that download an image."""
-MERGING = ("thresholds", "max_segments", "grid")
-"""Settings of the inferer that concern the proposals an encoding keeps, not the encoding."""
-PER_CALL = (
-    *MERGING,
-    "assign",
-    "select",
-    "refine",
-    "text_certainty",
-    "slice_axis",
-    "working_size",
-    "progress",
-    "backbone",
-)
-"""Settings of the inferer that an encoding does not depend on; working_size is fixed, the backbone has its fingerprint."""
 
 
 class ByteLimitedCache(Generic[Value]):
@@ -85,49 +70,18 @@ class ByteLimitedCache(Generic[Value]):
                 self.used -= self._entries.popitem(last=False)[1][1]
 
 
-class RecalledEncoding(EncodedImage):
-    """What is left of an encoding when its attention had to go: enough for clicks, which need the paths between tokens only.
-
-    The attention of a slice takes 64 MB for the embedded model, the paths less than 1 MB: a click that follows an object
-    through a hundred slices is answered from memory all the same. A prompt that needs the attention runs the backbone again.
-    """
-
-    def __init__(self, encoded: EncodedImage, again: Callable[[], EncodedImage]):
-        self.image, self.size, self.latents = encoded.image, encoded.size, encoded.latents
-        self.seconds, self._side, self._again = {}, encoded.side, again
-        self._paths, self._full = encoded.paths, None
-
-    @property
-    def full(self) -> EncodedImage:
-        if self._full is None:
-            self._full = self._again()
-        return self._full
-
-    attention = property(lambda self: self.full.attention)
-    distance = property(lambda self: self.full.distance)
-    side = property(lambda self: self._side)
-    paths = property(lambda self: self._paths)
-    _proposals = property(
-        lambda self: self.full._proposals, lambda self, value: setattr(self.full, "_proposals", value)
-    )
-    _probe = property(lambda self: self.full._probe, lambda self, value: setattr(self.full, "_probe", value))
-
-
 class CachedInferer(AttentionSegmentationInferer):
     """The bundle's inferer with a memory for encodings, keyed by image content, backbone and settings.
 
     Args:
-        limit: bytes of whole encodings; a tenth of it is for the remains that serve clicks.
+        limit: bytes of whole encodings; a tenth of it is for what is left of those that had to go, which serves clicks.
         settings: of the bundle's inferer.
     """
 
     def __init__(self, limit: int, **settings: Any):
         super().__init__(**settings)
         self.encodings: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit, _bytes_of_encoding)
-        self.remains: ByteLimitedCache[RecalledEncoding] = ByteLimitedCache(limit // 10, _bytes_of_remains)
-
-    def settings(self) -> dict:
-        return {k: v for k, v in super().settings().items() if k not in ("encodings", "remains")}
+        self.remains: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit // 10, _bytes_of_encoding)
 
     def encode_prepared(self, full: Tensor) -> EncodedImage:
         """``encode_prepared`` of the bundle, or its earlier answer; stops where nobody waits for the answer any more."""
@@ -135,39 +89,23 @@ class CachedInferer(AttentionSegmentationInferer):
         self.check()
         full = full.contiguous()  # a copy, unless it is the image itself: a view would keep its whole volume in memory
         content = hashlib.sha256(full.cpu().numpy()).hexdigest()
-        settings = tuple((k, str(v)) for k, v in sorted(self.settings().items()) if k not in PER_CALL)
-        key = (content, tuple(full.shape), self.backbone.fingerprint, settings)
+        key = (content, tuple(full.shape), self.backbone.fingerprint, self.encoding_key)
         encoded = self.encodings.get(key)
-        if encoded is None:
-            encoded = self.remains.get(key)
-            if encoded is None:
-                return self._encode(key, full)
-            encoded._full = None
-        encoded.seconds = {}  # this call spends no time on them
-        return encoded
-
-    def proposals(self, encoded: EncodedImage):
-        """As the bundle's; what was kept for other settings is forgotten."""
-        merging = [getattr(self, name) for name in MERGING]
-        if vars(encoded).get("merging") != merging:
-            encoded._proposals, encoded.merging = None, merging
-        return super().proposals(encoded)
+        if encoded is not None:
+            encoded.seconds = {}  # this call spends no time on it
+            return encoded
+        left = self.remains.get(key)
+        # What a prompt recalls for it lives as long as the prompt, not as long as the memory.
+        return self._encode(key, full) if left is None else left.fresh()
 
     def _encode(self, key: Hashable, full: Tensor) -> EncodedImage:
         encoded = super().encode_prepared(full)
         start = time.perf_counter()
         # Measured now, because the attention may be gone when the next click comes.
-        self.remains.put(key, RecalledEncoding(encoded, lambda: self._encode(key, full)))
+        self.remains.put(key, encoded.without_attention(lambda: self._encode(key, full)))
         encoded.seconds["paths"] = time.perf_counter() - start
         self.encodings.put(key, encoded)
         return encoded
-
-    def with_settings(self, **settings: Any) -> CachedInferer:
-        """A copy with other settings that shares backbone and memory."""
-        other = copy.copy(self)
-        for name, value in settings.items():
-            setattr(other, name, value)
-        return other
 
 
 @dataclass
@@ -183,13 +121,7 @@ def _bytes_of_image(entry: OpenImage) -> int:
 
 
 def _bytes_of_encoding(encoded: EncodedImage) -> int:
-    # Beside the attention stand its logarithms, as large, once a prompt has needed them.
-    return 2 * encoded.attention.nbytes + encoded.image.nbytes + encoded.latents.nbytes
-
-
-def _bytes_of_remains(encoded: RecalledEncoding) -> int:
-    edges = 4 * encoded.side**2  # 8-neighbourhoods, each step kept once: a float64 cost and an int32 end
-    return encoded.image.nbytes + encoded.latents.nbytes + edges * 12
+    return encoded.nbytes
 
 
 def source_of(path: Path) -> Path:
@@ -266,7 +198,7 @@ class Engine:
         Raises:
             ZeroSegError: a setting or a prompt is wrong; WeightsError: the weights cannot be loaded.
         """
-        inferer = self.inferer.with_settings(**(settings or {}))
+        inferer = self.inferer.replace(**(settings or {}))
         if only_slice is None or not entry.image.is_volume:
             return inferer.segment(entry.prepared, select, prepared=True, **prompt)
         axis = inferer.slice_axis % 3

@@ -18,8 +18,7 @@ def grid_side(tokens: int) -> int:
     """
     side = isqrt(tokens)
     if tokens < 1 or side * side != tokens:
-        msg = f"{tokens} tokens do not form a square grid"
-        raise ValueError(msg)
+        raise ValueError(f"{tokens} tokens do not form a square grid")
     return side
 
 
@@ -45,14 +44,12 @@ def aggregate_self_attention(maps: Sequence[Tensor], resolution: int | None = No
     by_side: dict[int, list[Tensor]] = {}
     for attention in maps:
         if attention.ndim not in (2, 3) or attention.shape[-1] != attention.shape[-2]:
-            msg = f"an attention map must be (heads, n, n) or (n, n), not {tuple(attention.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"an attention map must be (heads, n, n) or (n, n), not {tuple(attention.shape)}")
         mean = attention.float() if attention.ndim == 2 else attention.mean(0, dtype=torch.float32)
         by_side.setdefault(grid_side(attention.shape[-1]), []).append(mean)
     target = max(by_side) if resolution is None else int(resolution)
     if target < 1:
-        msg = f"resolution must be a positive grid side, not {resolution}"
-        raise ValueError(msg)
+        raise ValueError(f"resolution must be a positive grid side, not {resolution}")
 
     device = maps[0].device
     total = torch.zeros(target**2, target**2, dtype=torch.float32, device=device)

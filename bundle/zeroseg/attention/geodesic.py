@@ -54,8 +54,3 @@ class TokenPaths:
     def __call__(self, tokens: list[int]) -> Tensor:
         """(A, N) float32 distances from each of A tokens to every token."""
         return torch.from_numpy(dijkstra(self._graph, directed=False, indices=list(tokens)).astype(np.float32))
-
-    def to_nearest(self, tokens: list[int]) -> Tensor:
-        """(N,) float32 distances of every token to the nearest of some tokens."""
-        away = dijkstra(self._graph, directed=False, indices=list(tokens), min_only=True)
-        return torch.from_numpy(away.astype(np.float32))

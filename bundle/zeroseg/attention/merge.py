@@ -72,8 +72,7 @@ def anchor_indices(side: int, grid: int) -> Tensor:
         ValueError: the grid is below 1.
     """
     if grid < 1:
-        msg = f"grid must be at least 1, not {grid}"
-        raise ValueError(msg)
+        raise ValueError(f"grid must be at least 1, not {grid}")
     grid = min(grid, side)
     spacing = (side - 1) // (grid - 1) if grid > 1 else 0
     start = (side - 1 - spacing * (grid - 1)) // 2
@@ -100,11 +99,9 @@ def merge_attention(attention: Tensor, thresholds: Sequence[float], grid: int = 
         ValueError: attention is not (N, N) over a square grid, or thresholds is empty or not positive.
     """
     if attention.ndim != 2 or attention.shape[0] != attention.shape[1]:
-        msg = f"attention must be (N, N), not {tuple(attention.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"attention must be (N, N), not {tuple(attention.shape)}")
     if not len(thresholds) or min(thresholds) <= 0:
-        msg = f"thresholds must be a non-empty sequence of positive numbers, not {thresholds!r}"
-        raise ValueError(msg)
+        raise ValueError(f"thresholds must be a non-empty sequence of positive numbers, not {thresholds!r}")
     attention = attention.float()
     anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
     proposals = _merge_around(anchors, attention, symmetric_kl(attention[anchors], attention) < thresholds[0])
@@ -118,7 +115,8 @@ def merge_to(distance: KLDistance, max_segments: int, grid: int = 16) -> tuple[T
 
     How far apart attention maps lie depends on the model, the image and the timestep, by orders of magnitude, which is
     what makes fixed thresholds fragile. Here the first threshold is a low quantile of the image's own distances and the
-    second is found by bisection; there are two iterations.
+    second is found by bisection; there are two iterations. Both lie in the middle of a gap between two distances, so that
+    processors that round differently merge alike.
 
     Args:
         distance: to the (N, N) aggregated attention of ``merge_attention``.
@@ -132,28 +130,53 @@ def merge_to(distance: KLDistance, max_segments: int, grid: int = 16) -> tuple[T
         ValueError: max_segments is below 1.
     """
     if max_segments < 1:
-        msg = f"max_segments must be at least 1, not {max_segments}"
-        raise ValueError(msg)
+        raise ValueError(f"max_segments must be at least 1, not {max_segments}")
     attention = distance.maps
     anchors = anchor_indices(grid_side(attention.shape[0]), grid).to(attention.device)
     to_all = distance(attention[anchors])
-    first = float(to_all[:, anchors].quantile(FIRST_QUANTILE).clamp_min(_TINY))
+    first = _widest_gap(to_all, float(to_all[:, anchors].quantile(FIRST_QUANTILE)))
     proposals = _merge_around(anchors, attention, to_all < first)
     apart = symmetric_kl(proposals, proposals)
-    levels = apart.flatten().sort().values
-    low, high = 0, len(levels) - 1  # the highest distance merges everything, so the invariant holds: high is enough
+    levels = _levels(apart)
+    # The highest level merges everything, so the invariant holds: high is enough. The lowest may be, too.
+    low, high = -1, len(levels) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if len(_greedy_groups(apart <= levels[middle])) <= max_segments:
+        if len(_greedy_groups(apart < levels[middle])) <= max_segments:
             high = middle
         else:
             low = middle
-    second = float(levels[high].nextafter(levels.new_tensor(torch.inf)))  # merge_attention, told this, does the same
-    return _merge_greedily(proposals, apart < second), [first, second]
+    return _merge_greedily(proposals, apart < levels[high]), [first, levels[high]]
 
 
 FIRST_QUANTILE = 0.05
 """Share of the distances between anchors that counts as "the same" in the first iteration of ``merge_to``."""
+NEARBY = 0.01
+"""Relative distance from that quantile within which the widest gap is looked for."""
+LEAST_GAP = 1e-4
+"""Relative gap between two distances in which a threshold may lie: several times what processors round differently."""
+
+
+def _widest_gap(distances: Tensor, level: float) -> float:
+    """The middle of the widest gap between distances near a level: a threshold that rounding does not carry over one."""
+    low, high = level * (1 - NEARBY), level * (1 + NEARBY)
+    near = distances[(distances > low) & (distances < high)].double().sort().values
+    near = torch.cat([near.new_tensor([low]), near, near.new_tensor([high])])
+    at = int(near.diff().argmax())
+    return max(_TINY, float(near[at] + near[at + 1]) / 2)
+
+
+def _levels(apart: Tensor) -> list[float]:
+    """Thresholds that differ in what they merge, rising: the middles of the gaps between (K, K) distances, and one above all.
+
+    Both directions of a pair are one distance that rounding made two, so gaps below ``LEAST_GAP`` are none.
+    """
+    values = apart[~torch.eye(len(apart), dtype=torch.bool, device=apart.device)].double().sort().values
+    if not len(values):
+        return [_TINY]
+    low, high = values[:-1], values[1:]
+    middles = ((low + high) / 2)[high - low > LEAST_GAP * high]
+    return [float(v) for v in (*middles.tolist(), max(_TINY, 2 * float(values[-1]))) if v >= _TINY]
 
 
 def _merge_around(anchors: Tensor, attention: Tensor, near: Tensor) -> Tensor:
@@ -194,8 +217,7 @@ def label_map(proposals: Tensor, size: int | tuple[int, int]) -> Tensor:
         ValueError: proposals is empty or does not lie on a square grid.
     """
     if proposals.ndim != 2 or not len(proposals):
-        msg = f"proposals must be (K, N) with K >= 1, not {tuple(proposals.shape)}"
-        raise ValueError(msg)
+        raise ValueError(f"proposals must be (K, N) with K >= 1, not {tuple(proposals.shape)}")
     side = grid_side(proposals.shape[1])
     height, width = (size, size) if isinstance(size, int) else size
     best = torch.full((height, width), -torch.inf, device=proposals.device)

@@ -48,12 +48,12 @@ def prepare(image: Tensor) -> Tensor:
         ZeroSegError: the image is empty or holds NaN or infinite values.
     """
     if image.numel() == 0:
-        msg = f"the image is empty (shape {tuple(image.shape)})"
-        raise ZeroSegError(msg)
+        raise ZeroSegError(f"the image is empty (shape {tuple(image.shape)})")
     image = image.float()
     bad = image.numel() - int(torch.isfinite(image).sum())
     if bad:
-        msg = f"the image holds {bad} NaN or infinite values: replace them (for example with numpy.nan_to_num) and run again"
-        raise ZeroSegError(msg)
+        raise ZeroSegError(
+            f"the image holds {bad} NaN or infinite values: replace them (for example with numpy.nan_to_num) and run again"
+        )
     # One or two channels are stretched before they are repeated: the same result for a third of the work.
     return to_three_channels(stretch(image)) if len(image) < 3 else stretch(to_three_channels(image))

@@ -34,11 +34,9 @@ class GuidedFilter:
 
     def __init__(self, guide: Tensor, radius: int, eps: float = 1e-3, subsample: int = 1):
         if guide.ndim != 3 or guide.shape[0] != 3:
-            msg = f"guide must be (3, H, W), not {tuple(guide.shape)}"
-            raise ValueError(msg)
+            raise ValueError(f"guide must be (3, H, W), not {tuple(guide.shape)}")
         if radius < 1 or subsample < 1:
-            msg = f"radius and subsample must be at least 1 pixel, not {radius} and {subsample}"
-            raise ValueError(msg)
+            raise ValueError(f"radius and subsample must be at least 1 pixel, not {radius} and {subsample}")
         self._guide = guide.float()
         self._grid = [max(1, s // subsample) for s in guide.shape[1:]]
         self._small = self._resized(self._guide)
@@ -67,8 +65,7 @@ class GuidedFilter:
         """
         size = self._guide.shape[1:]
         if maps.shape[1:] != size:
-            msg = f"maps must be of the guide's size {tuple(size)}, not {tuple(maps.shape[1:])}"
-            raise ValueError(msg)
+            raise ValueError(f"maps must be of the guide's size {tuple(size)}, not {tuple(maps.shape[1:])}")
         out = torch.empty(maps.shape, dtype=torch.float32, device=self._guide.device)
         for k, values in enumerate(self._resized(maps.float())):
             means = _box(torch.cat([values[None], self._small * values]), self._radius)
@@ -97,8 +94,7 @@ class Upsampler:
 
     def __init__(self, image: Tensor, side: int, refine: str = "guided", eps: float = 1e-3):
         if refine not in ("guided", "none"):
-            msg = f"unknown refine {refine!r}: use guided or none"
-            raise ValueError(msg)
+            raise ValueError(f"unknown refine {refine!r}: use guided or none")
         self._size = image.shape[1:]
         # A token and a half: as far as the grid may have misplaced an edge.
         radius = max(1, round(1.5 * max(self._size) / side))

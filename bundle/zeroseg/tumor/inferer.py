@@ -14,11 +14,11 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
-from zeroseg.attention.segmentation import Segmentation
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import EMBEDDED
 from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_features, healthy_margin_loss, load_adapters
@@ -376,20 +376,29 @@ class TumorSegmentationInferer(Inferer):
             "organ": organ,
             "tumor": tumor,
             "modality": prepared.modality,
-            "text": tumor,
             "prompts": [list(pair) for pair in prompt_set(organ, tumor, prepared.modality)],
             "image_probability": round(sigmoid(image_logit), 4),
             "null_contrast": round(maps.aova.null_contrast, 4),
             "unknown_words": unknown,
-            "absent_because": reason,
             "fusion": {k: round(v, 4) for k, v in used.items()},
             "region_voxels": int(maps.region.sum()),
             "working_shape": list(prepared.volume.shape[2:]),
             "working_spacing_mm": [round(s, 3) for s in prepared.spacing],
-            "notes": [*prepared.notes, *filter(None, [organ_note(organ)]), *unheard],
         }
         scores = [float(restored[labels > 0].mean())] if labels.any() else []
-        return TumorSegmentation(labels, confidence, scores, "tumor", reason is not None, seconds, details, evidence)
+        return TumorSegmentation(
+            labels,
+            confidence,
+            scores,
+            "tumor",
+            absent=reason is not None,
+            seconds=seconds,
+            details=details,
+            name=tumor,
+            reason=reason,
+            notes=[*prepared.notes, *filter(None, [organ_note(organ)]), *unheard],
+            evidence=evidence,
+        )
 
     def segment(
         self,

@@ -28,7 +28,7 @@ HU_RANGE = (-1024.0, 3071.0)
 """What 12-bit CT can hold; more is metal, or another unit."""
 QUARTER_HU_FLOOR = -250.0
 """Air in CT that was stored as HU / 4, a way to keep it in few bits."""
-MAX_VOXELS = 2**26
+WORKING_VOXELS = 2**26
 """Working volumes beyond 406^3 voxels are worked on at a coarser spacing."""
 MIN_SIDE = 16
 """A longest side below this many working voxels shows nothing: smaller fields of view are worked on at a finer
@@ -79,18 +79,13 @@ def intensity_of(values: np.ndarray, modality: str, ct_window: Sequence[float] =
     return Intensity(0.0, high if high > 0 else float(max(values.max(), 0)), 0.5)
 
 
-def to_unit(values: np.ndarray, modality: str, ct_window: Sequence[float] = (-1000.0, 1000.0)) -> np.ndarray:
-    """``intensity_of`` applied: values of a whole volume -> float32 in [0, 1], same shape."""
-    return intensity_of(values, modality, ct_window).to_unit(values)
-
-
 def guess_modality(values: np.ndarray) -> str:
     """``ct`` where a volume holds values only HU have (well below zero), else ``mr``: PET cannot be told from MR by its
     values."""
     return "ct" if np.percentile(values, 1) < -100 else "mr"
 
 
-def check_values(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity | None, list[str]]:
+def check_scan(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity | None, list[str]]:
     """Compare a volume's values with what its modality allows.
 
     Args:
@@ -265,7 +260,7 @@ def prepare(
     modality = check_modality(modality)
     intensity = None
     if rescale is None:
-        array, intensity, doubts = check_values(array, modality)
+        array, intensity, doubts = check_scan(array, modality)
         notes += doubts
     intensity = intensity or intensity_of(array, modality, ct_window)
     shape = array.shape
@@ -300,8 +295,8 @@ def _working_size(
             f"the field of view is only {max(extent[i] for i in spread):.3g} mm: worked on at {spacing[0] / factor:.2g} mm, "
             "far from what the model was trained on"
         )
-    elif total > MAX_VOXELS:
-        factor = (MAX_VOXELS / total) ** (1 / len(spread))
+    elif total > WORKING_VOXELS:
+        factor = (WORKING_VOXELS / total) ** (1 / len(spread))
         notes.append(f"the volume is very large: worked on at {spacing[0] / factor:.2g} mm")
     return [max(1, round(w * factor)) if n in spread else 1 for n, w in enumerate(wanted)], notes
 

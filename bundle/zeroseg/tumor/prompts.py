@@ -17,6 +17,8 @@ from zeroseg.errors import ZeroSegError
 
 MODALITIES = {"ct": "CT", "mr": "MRI", "pet": "PET"}
 """Modality -> the word for it in a prompt."""
+DICOM_MODALITIES = {"CT": "ct", "MR": "mr", "PT": "pet"}
+"""DICOM's names -> ours."""
 
 ORGANS: dict[str, tuple[str, ...]] = {
     "liver": ("liver tumour", "hepatic metastasis", "liver cyst"),

@@ -8,8 +8,8 @@ from lib.infers.points import Points
 from lib.infers.segments import Segments
 from lib.infers.text import Text
 from lib.infers.tumor import Tumor
-from zeroseg.attention.inferer import TEXT_CERTAINTY
 from zeroseg.backbones.weights import MODELS
+from zeroseg.interaction.settings import TEXT_CERTAINTY
 
 REFINE = ["guided", "none"]
 EXTENT = ["volume", "slice"]

@@ -16,10 +16,10 @@ from lib.errors import InternalError
 from lib.files import temporary
 from lib.responsive import Abandoned
 from zeroseg import __version__
-from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.prompts import check_values
 from zeroseg.io import Image, write_mask
-from zeroseg.prompts import check_values
+from zeroseg.segmentation import Segmentation
 
 EXTENSIONS = (".nrrd", ".nii.gz", ".nii", ".png")
 DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
@@ -86,20 +86,20 @@ class ZeroSegTask(InferTask):
         entry = self.engine.open(request["image"])
         result = self.segment(entry, options)
         if result.absent and options.get("absent") == "error":
-            wanted = str(options.get("text") or "").strip() or result.details.get("tumor") or "the object"
-            because = result.details.get("absent_because")
-            raise ZeroSegError(f"absent: {wanted!r} was not found in this image{f' ({because})' if because else ''}")
+            wanted = str(options.get("text") or "").strip() or result.name or "the object"
+            raise ZeroSegError(f"absent: {wanted!r} was not found in this image ({result.reason})")
         dropped = keep_largest(result.labels, len(self.labels))
         compress = pick("result_compress", request.get("result_compress", True), True)
         path = write(entry.image, result.labels, extension, dtype, compress)
         seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
         backbone = self.describe_backbone()
-        notes = [*entry.image.notes, *result.details.get("notes", ())]
+        notes = [*entry.image.notes, *result.notes]
         return path, {
             "label_names": self.label_names(result, options),
             "centroids": {},
-            "select": result.select,
+            "select": result.rule,
             "absent": result.absent,
+            "absent_because": result.reason,
             "scores": [round(s, 4) for s in result.scores[: len(self.labels)]],
             "seconds": {**seconds, "total": round(time.perf_counter() - started, 4)},
             "backbone": {k: v for k, v in backbone.items() if k != "files"},

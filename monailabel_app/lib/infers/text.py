@@ -6,8 +6,8 @@ from typing import Any
 
 from lib.engine import OpenImage
 from lib.infers.base import ZeroSegTask, only_slice
-from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
+from zeroseg.segmentation import Segmentation
 
 
 class Text(ZeroSegTask):

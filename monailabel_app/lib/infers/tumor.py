@@ -11,10 +11,10 @@ import numpy as np
 from lib.engine import ByteLimitedCache, Engine, OpenImage
 from lib.infers.base import ZeroSegTask
 from lib.responsive import stop_if_abandoned
-from zeroseg.attention import Segmentation
-from zeroseg.cases import MODALITIES
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image
+from zeroseg.segmentation import Segmentation
+from zeroseg.tumor.prompts import DICOM_MODALITIES
 
 if TYPE_CHECKING:  # a bundle without a tumour model needs none of it
     from zeroseg.tumor import EncodedVolume
@@ -40,10 +40,10 @@ class Tumor(ZeroSegTask):
             raise ZeroSegError(
                 "tumour segmentation needs a CT, MR or PET volume; for a single image use points or text"
             )
-        if image.modality not in (None, *MODALITIES):
+        if image.modality not in (None, *DICOM_MODALITIES):
             raise ZeroSegError(f"tumour segmentation knows CT, MR and PET, not {image.modality}")
         stop_if_abandoned()
-        modality = options["modality"] if options["modality"] != "auto" else MODALITIES.get(image.modality)
+        modality = options["modality"] if options["modality"] != "auto" else DICOM_MODALITIES.get(image.modality)
         tumor = options["text"].strip() or None
         return self.inferer.predict(self.encode(image, modality), options["organ"], tumor)
 
@@ -60,7 +60,7 @@ class Tumor(ZeroSegTask):
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """The words themselves name the segment."""
-        return {result.details["tumor"]: 1} if result.labels.any() else {}
+        return {result.name: 1} if result.labels.any() else {}
 
     def describe_backbone(self) -> dict[str, Any]:
         return self.inferer.backbone.describe()

@@ -23,6 +23,8 @@ JUDGED_SIZE = 256
 """Pixels a side at which thresholds are compared."""
 EDGE_SCALE = 3 / 256
 """Gaussian scale at which steepness is measured, as a share of the image's longer side."""
+MIDWAY_STEPS = 50
+"""Most steps from the best bin of the histogram to the threshold midway between the classes' means."""
 REACH = 2.0
 """Geodesic distance at which a click's relevance has fallen to 1/e, in mean distances of the image."""
 
@@ -195,5 +197,15 @@ def split(relevance: np.ndarray, allowed: np.ndarray | None = None) -> tuple[np.
     if values.size == 0 or values.min() == values.max():
         return np.zeros(relevance.shape, bool), float(relevance.max())
     threshold = float(threshold_otsu(values))
+    # Otsu's best threshold lies midway between the means of its two classes. Of the histogram's bins two may be equally
+    # good up to rounding; midway is one place, whichever of them it is looked for from.
+    for _ in range(MIDWAY_STEPS):
+        above = values > threshold
+        if not above.any() or above.all():
+            break
+        midway = float(values[above].mean(dtype=np.float64) + values[~above].mean(dtype=np.float64)) / 2
+        if midway == threshold:
+            break
+        threshold = midway
     mask = relevance > threshold
     return mask if allowed is None else mask & allowed, threshold

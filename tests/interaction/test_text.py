@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zeroseg.attention.text import TextEvidence, TextProbe, check_prompt
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.prompts import check_text
+from zeroseg.interaction.text import TextEvidence, TextProbe
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,11 @@ def text_evidence(backbone, latents, attention, prompt, **settings) -> TextEvide
 @pytest.mark.parametrize("text", ["", "  \n", None, 7, ["cells"]])
 def test_what_is_no_prompt(text):
     with pytest.raises(ZeroSegError, match="must be words"):
-        check_prompt(text)
+        check_text(text)
 
 
 def test_blanks_around_a_prompt_mean_nothing(tiny_backbone, encoded):
-    assert check_prompt("  white blood cell\n") == "white blood cell"
+    assert check_text("  white blood cell\n") == "white blood cell"
     plain, padded = (text_evidence(tiny_backbone, *encoded, t, draws=1) for t in ("cell", " cell "))
     assert (plain.gain, plain.certainty) == (padded.gain, padded.certainty)
 

@@ -12,20 +12,26 @@ class Segmentation:
     """A label map with the evidence a reader needs to trust or reject it.
 
     Attributes:
-        labels: (H, W) or (X, Y, Z) uint8. ``select="segments"``: every pixel carries its segment 1..K, 1 ranked first;
-            every other ``select``: 1 is the object, 0 the rest.
+        labels: (H, W) or (X, Y, Z) uint8. Rule ``segments``: every pixel carries its segment 1..K, 1 ranked first; every
+            other rule: 1 is the object, 0 the rest.
         confidence: float32 of the same shape, in [0, 1]: how far the label given to a pixel beats the runner-up.
         scores: one number in [0, 1] per label 1..K: mean confidence over the pixels of that label.
+        rule: what chose the mask: segments, auto, points, box, text or tumor.
         absent: True when the prompt's object was judged not to be in the image; ``labels`` is then all zero.
-        select: the rule that chose the mask: segments, auto, points, box or text.
         seconds: seconds spent per stage (encode, merge, select, refine).
         details: what the rule saw: thresholds taken, segments kept, text evidence; JSON-serialisable.
+        name: what the prompt calls the object, or None where it was shown, not named.
+        reason: why the object was called absent, or None.
+        notes: doubts about the image or the prompt a reader should know of, one sentence each.
     """
 
     labels: np.ndarray
     confidence: np.ndarray
     scores: list[float]
-    select: str
+    rule: str
     absent: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict = field(default_factory=dict)
+    name: str | None = None
+    reason: str | None = None
+    notes: list[str] = field(default_factory=list)

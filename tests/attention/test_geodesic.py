@@ -42,12 +42,11 @@ def test_the_grid_does_not_wrap_around():
     assert away[:, 0].max() < 0.1 * away[:, -1].min()
 
 
-def test_distances_are_symmetric_and_the_nearest_is_the_least():
+def test_distances_are_symmetric_and_zero_to_themselves_only():
     paths = TokenPaths(KLDistance(torch.rand(SIDE**2, SIDE**2, generator=torch.Generator().manual_seed(1)).softmax(-1)))
     every = paths(list(range(SIDE**2)))
     assert torch.allclose(every, every.T, atol=1e-5)
     assert (every.diagonal() == 0).all() and (every > 0).sum() == SIDE**4 - SIDE**2
-    assert torch.equal(paths.to_nearest([3, 40]), every[[3, 40]].amin(0))
 
 
 @pytest.mark.parametrize("side", [1, 2])

@@ -46,7 +46,7 @@ def check(result, size) -> None:
     assert np.isfinite(result.confidence).all()
     assert result.confidence.min() >= 0 and result.confidence.max() <= 1
     assert len(result.scores) == result.labels.max() and all(0 <= s <= 1 for s in result.scores)
-    if result.select != "segments":
+    if result.rule != "segments":
         assert result.labels.max() <= 1
     json.dumps(result.details)
     assert all(s >= 0 for s in result.seconds.values())
@@ -57,7 +57,7 @@ def check(result, size) -> None:
 def test_every_rule(make, disc, rule, refine):
     result = make(refine=refine).segment(disc[0], rule, **PROMPTS[rule])
     check(result, (96, 96))
-    assert result.select == rule
+    assert result.rule == rule
     if rule == "segments":
         assert (result.labels > 0).all(), "every pixel carries its segment"
         assert sorted(np.unique(result.labels)) == list(range(1, len(result.scores) + 1))
@@ -200,13 +200,13 @@ def test_absent_is_an_empty_mask_of_the_images_size(make, disc):
 
 def test_the_rule_follows_from_the_prompt(make, disc):
     encoded, inferer = make().encode(disc[0]), make()
-    assert inferer.predict(encoded).select == "auto"
-    assert inferer.predict(encoded, points=[[40, 52]]).select == "points"
-    assert inferer.predict(encoded, box=[15, 30, 65, 75]).select == "box"
-    assert inferer.predict(encoded, text="cell").select == "text"
-    assert inferer.predict(encoded, points=[[40, 52]], box=[15, 30, 65, 75]).select == "points"
-    assert make(select="segments").predict(encoded).select == "segments"
-    assert make(select="segments").predict(encoded, "auto").select == "auto", "a call overrides the setting"
+    assert inferer.predict(encoded).rule == "auto"
+    assert inferer.predict(encoded, points=[[40, 52]]).rule == "points"
+    assert inferer.predict(encoded, box=[15, 30, 65, 75]).rule == "box"
+    assert inferer.predict(encoded, text="cell").rule == "text"
+    assert inferer.predict(encoded, points=[[40, 52]], box=[15, 30, 65, 75]).rule == "points"
+    assert make(select="segments").predict(encoded).rule == "segments"
+    assert make(select="segments").predict(encoded, "auto").rule == "auto", "a call overrides the setting"
 
 
 def test_a_box_bounds_a_clicked_mask(make, disc):

@@ -73,7 +73,7 @@ def test_a_real_backbone_along_every_axis(tiny, axis, rule):
     assert result.labels.shape == result.confidence.shape == shape
     assert result.labels.dtype == np.uint8 and result.confidence.dtype == np.float32
     assert result.confidence.min() >= 0 and result.confidence.max() <= 1
-    assert result.select == rule and not result.absent
+    assert result.rule == rule and not result.absent
     assert len(result.scores) == result.labels.max()
     assert all(0 <= s <= 1 for s in result.scores)
     assert result.seconds["encode"] > 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from zeroseg.attention import select as rules
+from zeroseg.attention import rules
 from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance
 

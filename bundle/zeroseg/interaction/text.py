@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zeroseg.attention.aggregate import grid_side
 from zeroseg.backbones import StableDiffusionBackbone
-from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.prompts import check_text
 
 
 @dataclass
@@ -36,18 +36,6 @@ class TextEvidence:
     relevance: Tensor
     gain: float
     certainty: float
-
-
-def check_prompt(text: object) -> str:
-    """The prompt without surrounding blanks.
-
-    Raises:
-        ZeroSegError: it is not a string, or blank.
-    """
-    if not isinstance(text, str) or not text.strip():
-        msg = f"the text prompt must be words, not {text!r}"
-        raise ZeroSegError(msg)
-    return text.strip()
 
 
 class TextProbe:
@@ -93,7 +81,7 @@ class TextProbe:
         Raises:
             ZeroSegError: the prompt is blank or no string.
         """
-        prompt = check_prompt(prompt)
+        prompt = check_text(prompt)
         context = self.backbone.embed_text([prompt])
         gains = torch.cat(
             [

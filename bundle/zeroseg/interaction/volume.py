@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,11 +12,8 @@ from tqdm import tqdm
 
 from zeroseg.attention.linking import link_slices
 from zeroseg.attention.prepare import prepare
-from zeroseg.attention.segmentation import Segmentation
-from zeroseg.errors import ZeroSegError
-
-if TYPE_CHECKING:
-    from zeroseg.attention.inferer import AttentionSegmentationInferer
+from zeroseg.interaction.prompts import Prompts, check_prompts
+from zeroseg.segmentation import Segmentation
 
 FOLLOW_DICE = 0.4
 """A followed object has ended where its mask overlaps the slice before by less than this Dice."""
@@ -24,49 +21,56 @@ FOLLOW_GROWTH = 2.0
 """... or where its area grows or shrinks by more than this factor from one slice to the next."""
 
 
+class SliceInferer(Protocol):
+    """What a walk through a volume needs of the 2-D inferer."""
+
+    select: str | None
+    slice_axis: int
+    progress: bool
+
+    def encode_prepared(self, full: Tensor) -> Any:
+        """A slice, (3, H, W) in [0, 1], made ready for ``predict``."""
+
+    def predict(self, encoded: Any, select: str | None = None, **prompt: Any) -> Segmentation:
+        """The answer for a slice."""
+
+
 def segment_volume(
-    inferer: AttentionSegmentationInferer,
+    inferer: SliceInferer,
     volume: Tensor | np.ndarray,
     select: str | None = None,
-    points=None,
-    labels=None,
-    box=None,
-    text: str | None = None,
     prepared: bool = False,
+    **prompt: Any,
 ) -> Segmentation:
-    """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; prompts are in voxel indices.
+    """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; prompts are in voxel indices, see ``check_prompts``.
 
     Contrast is stretched once over the whole volume, so that an empty slice stays empty; ``prepared`` says that ``prepare``
     did it already. The backbone runs once per slice that the rule needs.
 
     Raises:
-        ZeroSegError: as ``AttentionSegmentationInferer.predict``.
+        ZeroSegError: as ``check_prompts`` and ``prepare``.
     """
-    from zeroseg.attention.inferer import check_box, check_points, resolve_select
-
     axis = inferer.slice_axis % 3
     volume = torch.as_tensor(np.asarray(volume)) if not isinstance(volume, Tensor) else volume.as_subclass(Tensor)
-    rule = resolve_select(select or inferer.select, points, box, text)
-    clicks, kinds = check_points(points, labels, volume.shape[1:])
-    corners = check_box(box, volume.shape[1:])
-    if rule == "points" and not any(kinds):
-        raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
+    prompts = check_prompts(volume.shape[1:], select or inferer.select, **prompt)
     walk = _Walk(inferer, volume if prepared else prepare(volume), axis)
-    if rule == "points":
-        return walk.follow(clicks, kinds)
-    if rule == "box":
-        low, high = round(corners[axis]), round(corners[axis + 3])
-        flat = [v for i, v in enumerate(corners) if i % 3 != axis]  # (row, column) order of the slice
+    if prompts.rule == "points":
+        return walk.follow(prompts)
+    if prompts.rule == "box":
+        low, high = round(prompts.box[axis]), round(prompts.box[axis + 3])
+        # (row, column) order of the slice.
+        flat = [v for i, v in enumerate(prompts.box) if i % 3 != axis]
         return walk.each(range(low, high + 1), "box", box=[flat[1], flat[0], flat[3], flat[2]])
-    return walk.each(range(walk.count), rule, **({"text": text} if rule == "text" else {}))
+    return walk.each(range(walk.count), prompts.rule, **({"text": prompts.text} if prompts.rule == "text" else {}))
 
 
 class _Walk:
     """One volume being walked through; collects what the slices give."""
 
-    def __init__(self, inferer: AttentionSegmentationInferer, volume: Tensor, axis: int):
+    def __init__(self, inferer: SliceInferer, volume: Tensor, axis: int):
         self.inferer, self.axis = inferer, axis
-        self.slices = volume.movedim(axis + 1, 1)  # (3, slices, rows, columns): a slice's rows are the lower voxel axis
+        # (3, slices, rows, columns): a slice's rows are the lower voxel axis.
+        self.slices = volume.movedim(axis + 1, 1)
         self.count = self.slices.shape[1]
         self.shape = tuple(self.slices.shape[1:])
         self.labels = np.zeros(self.shape, np.uint8)
@@ -88,20 +92,32 @@ class _Walk:
             self.confidence[k] = result.confidence
         absent = rule == "text" and all(r.absent for r in results.values())
         details = {"slices": [{"index": k, **r.details} for k, r in results.items()]} if rule == "text" else {}
-        return self._result(rule, absent, details)
+        reason = "no slice shows it" if absent else None
+        return self._result(rule, absent, details, prompt.get("text"), reason)
 
-    def follow(self, clicks, kinds) -> Segmentation:
-        """Segment each clicked slice, then follow its object both ways until it ends or meets another clicked slice."""
+    def follow(self, prompts: Prompts) -> Segmentation:
+        """Segment each slice that was clicked, scribbled on or is part of the mask given, then follow its object both ways
+        until it ends or meets another such slice."""
         by_slice: dict[int, list[tuple[list[float], int]]] = {}
-        for click, kind in zip(clicks, kinds, strict=True):
+        for click, kind in zip(prompts.points, prompts.labels, strict=True):
             in_slice = [v for i, v in enumerate(click) if i != self.axis]
             by_slice.setdefault(round(click[self.axis]), []).append(([in_slice[1], in_slice[0]], kind))
-        anchors = sorted(k for k, entries in by_slice.items() if any(kind for _, kind in entries))
+        drawn = {
+            name: np.moveaxis(array, self.axis, 0)
+            for name, array in (("scribbles", prompts.scribbles), ("mask", prompts.mask))
+            if array is not None
+        }
+        anchors = {k for k, entries in by_slice.items() if any(kind for _, kind in entries)}
+        for array in drawn.values():
+            anchors |= set((array == 1).any((1, 2)).nonzero()[0].tolist())
+        anchors = sorted(anchors)
         reached = {}
         bar = tqdm(desc="slices", total=self.count, leave=False, disable=not self.inferer.progress)
         for k in anchors:
-            points, labels = ([entry[i] for entry in by_slice[k]] for i in (0, 1))
-            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels)))
+            prompt = {name: array[k] for name, array in drawn.items() if array[k].any()}
+            if k in by_slice:
+                prompt |= {"points": [p for p, _ in by_slice[k]], "labels": [kind for _, kind in by_slice[k]]}
+            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", **prompt)))
             bar.update()
         for k in anchors:
             for step in (-1, 1):
@@ -146,11 +162,13 @@ class _Walk:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         return result
 
-    def _result(self, rule: str, absent: bool, details: dict) -> Segmentation:
+    def _result(
+        self, rule: str, absent: bool, details: dict, name: str | None = None, reason: str | None = None
+    ) -> Segmentation:
         labels = np.ascontiguousarray(np.moveaxis(self.labels, 0, self.axis))
         confidence = np.ascontiguousarray(np.moveaxis(self.confidence, 0, self.axis))
         scores = [
             float(confidence[labels == k].mean()) if (labels == k).any() else 0.0
             for k in range(1, int(labels.max()) + 1)
         ]
-        return Segmentation(labels, confidence, scores, rule, absent, self.seconds, details)
+        return Segmentation(labels, confidence, scores, rule, absent, self.seconds, details, name, reason)
