@@ -673,10 +673,13 @@ def read_checkpoint(path: Path) -> Any:
     Raises:
         WeightsError: the file is damaged, or asks for anything else, which might run code.
     """
-    # One at a time: the list of allowed globals is the whole process's, and another thread must not end this scope.
-    with _READING, torch.serialization.safe_globals(list(CHECKPOINT_GLOBALS)):
+    # One at a time: the list of allowed globals is the whole process's, and another thread must not end this scope. What MONAI
+    # itself has put on it is left out of the scope, for its end would take that away.
+    with _READING:
+        more = [g for g in CHECKPOINT_GLOBALS if g not in torch.serialization.get_safe_globals()]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(more):
+                return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             asked = re.search(r"(?:GLOBAL |Unsupported class |function )([\w.]+\.[\w.]+)", str(error))
             reason = f"it asks for {asked[1]}" if asked else first_line(error)
