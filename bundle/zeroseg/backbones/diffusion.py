@@ -198,6 +198,12 @@ class StableDiffusionBackbone(FrozenModel):
         return int(self.unet.config.sample_size) * self.vae_factor
 
     @property
+    def text_size(self) -> int:
+        """Side in pixels below which words should not be tested: a published model knows its own size only; the embedded one
+        was trained at 96 and 192 pixels, and reads half of its 256 as well."""
+        return self.image_size // 2 if self.source == EMBEDDED else self.image_size
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent position along a side."""
         self.load()
