@@ -12,14 +12,13 @@ from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
 
-import lib.bundle  # noqa: F401  (puts zeroseg on the path)
-from lib import archives, authentication, dicom_seg, errors, files, ohif
-from lib.batch import CarefulBatch
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
 from lib.engine import Engine
-from lib.errors import NotFound, Refused
-from lib.responsive import OffLoop
+from lib.mends import archives, authentication, dicom_seg, errors, files, ohif
+from lib.mends.batch import CarefulBatch
+from lib.mends.errors import NotFound, Refused
+from lib.mends.responsive import OffLoop
 from zeroseg import __version__
 from zeroseg.backbones import StableDiffusionBackbone
 
@@ -36,12 +35,12 @@ class ZeroSegApp(MONAILabelApp):
         studies: a folder, or the URL of a DICOMweb server.
         conf: ``backbone`` (embedded, a folder or a hub id), ``revision``, ``device``, ``dtype``, ``cache_mb`` (memory for
             encoded slices, for encoded volumes of the tumour task and for images, each), ``threads`` (of torch),
-            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser), ``bundle`` (its
-            folder).
+            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser).
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]):
-        dicom_seg.install()  # here, because a batch runs in a process of its own, which serves nothing
+        # Here, because a batch runs in a process of its own, which serves nothing.
+        dicom_seg.install()
         if conf.get("threads"):
             torch.set_num_threads(int(conf["threads"]))
         backbone = StableDiffusionBackbone(
@@ -87,9 +86,8 @@ class ZeroSegApp(MONAILabelApp):
             wado_url_prefix=settings.MONAI_LABEL_WADO_PREFIX,
             stow_url_prefix=settings.MONAI_LABEL_STOW_PREFIX,
         )
-        client.set_http_retry_params(
-            max_attempts=3, wait_exponential_multiplier=100
-        )  # else 30 s until a user hears of it
+        # Else it takes 30 s until a user hears of it.
+        client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=100)
         return StudyDatastore(
             client=client,
             search_filter=search_filter(),
@@ -125,8 +123,16 @@ class ZeroSegApp(MONAILabelApp):
         return result
 
     def bundle_path(self, model: str | None) -> None:
-        """Called by MONAI Label when a background task starts: the one place to refuse an unknown model before it does."""
-        self.check_model(model)
+        """Called by MONAI Label when a background task starts: the one place to refuse an unknown model before it does.
+
+        Args:
+            model: name of a task; None for a task that needs none, such as scoring.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        if model is not None:
+            self.check_model(model)
 
     def check_model(self, model: Any) -> None:
         if model not in self._infers:

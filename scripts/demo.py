@@ -18,7 +18,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from _path import BUNDLE
+from zeroseg.io import contact_html, contact_sheet
+from zeroseg.places import BUNDLE
+from zeroseg.samples import sample_files
 
 # One click per image, (x, y) in its own pixels ((x, y, z) in the volume): placed by eye on something a person would ask for.
 CLICKS = {
@@ -30,19 +32,6 @@ CLICKS = {
     "MR_small": [[53, 57]],
     "anatomical": [[16, 20, 12]],
 }
-
-
-def sample_files() -> list[Path]:
-    """Real images inside scikit-image, pydicom and nibabel; those a distribution leaves out are skipped."""
-    import nibabel
-    import skimage
-    from pydicom.data import get_testdata_file
-
-    pictures = Path(skimage.__file__).parent / "data"
-    files = [pictures / name for name in ("cell.png", "ihc.png", "microaneurysms.png", "retina.jpg")]
-    files += [Path(str(get_testdata_file(name, download=False))) for name in ("CT_small.dcm", "MR_small.dcm")]
-    files.append(Path(nibabel.__file__).parent / "tests" / "data" / "anatomical.nii")
-    return [f for f in files if f.is_file()]
 
 
 def run_bundle(images: Path, output: Path, *options: str) -> None:
@@ -65,8 +54,6 @@ def main() -> None:
     run_bundle(images, output / "auto")
     run_bundle(images, output / "segments", "--select", "segments")
     run_bundle(images, output / "points", "--prompts", str(prompts))
-
-    from zeroseg.io import contact_html, contact_sheet
 
     entries = [
         (f"{stem}: {mode}", Image.open(output / mode / f"{stem}_overlay.png").convert("RGB"))

@@ -15,7 +15,7 @@ import pydicom
 import requests
 
 from processes import running
-from serve import free_port
+from zeroseg.cli.serve import free_port
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 

@@ -14,7 +14,7 @@ import psutil
 import requests
 
 from processes import running
-from serve import free_port
+from zeroseg.cli.serve import free_port
 
 SERVE = Path(__file__).resolve().parents[1] / "scripts" / "serve.py"
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ class CaseDataset(Dataset):
         return read_image(self.cases[index])
 
 
-def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_KEYS) -> dict[str, dict[str, Any]]:
+def load_prompts(
+    path: str | os.PathLike | Mapping[str, dict[str, Any]] | None, keys: tuple[str, ...] = PROMPT_KEYS
+) -> dict[str, dict[str, Any]]:
     """Read ``prompts.json``: case stem -> keyword arguments of ``predict``.
 
     Args:
-        path: of the file, or None.
+        path: of the file, None, or what such a file holds.
         keys: the arguments that may be given.
 
     Raises:
@@ -92,6 +95,8 @@ def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_
     """
     if path is None:
         return {}
+    if isinstance(path, Mapping):
+        return dict(path)
     path = Path(str(path))
     try:
         if path.exists() and not path.is_file():
@@ -115,7 +120,7 @@ def load_prompts(path: str | os.PathLike | None, keys: tuple[str, ...] = PROMPT_
 
 
 class CaseRunner:
-    """Segment every case of a dataset and write the results; the bundle's evaluator.
+    """Segment every case of a dataset and write the results; the bundle's evaluator. ``manifest`` is that of the last run.
 
     One bad case never stops the others: it is listed in the manifest as failed, with its reason. The files of a case
     appear together and whole or not at all. Per case: ``<stem>_seg``, ``<stem>_confidence``, ``<stem>_overlay.png``, for DICOM input a DICOM SEG
@@ -125,7 +130,7 @@ class CaseRunner:
         inferer: has ``check()``, ``segment(array, **prompt) -> Segmentation``, ``settings()`` and ``backbone``.
         dataset: the cases.
         output_dir: where results go; created when missing.
-        prompts: path of ``prompts.json``, or None.
+        prompts: path of ``prompts.json``, None, or what such a file holds.
         text: a text prompt for every case that has none of its own.
         window: (center, width) for intensities, see ``to_unit_range``.
         dicom_seg: write DICOM SEG for DICOM input.
@@ -140,13 +145,14 @@ class CaseRunner:
         inferer: Any,
         dataset: CaseDataset,
         output_dir: str | os.PathLike | None,
-        prompts: str | os.PathLike | None = None,
+        prompts: str | os.PathLike | Mapping[str, dict[str, Any]] | None = None,
         text: str | None = None,
         window: tuple[float, float] | None = None,
         dicom_seg: bool = True,
     ):
         self.inferer, self.dataset, self.output_dir = inferer, dataset, output_dir
         self.prompts, self.text, self.window, self.dicom_seg = prompts, text, window, dicom_seg
+        self.manifest: dict[str, Any] | None = None
 
     def run(self) -> None:
         """Run and leave the process with exit code 2 when anything the user can mend went wrong.
@@ -200,7 +206,7 @@ class CaseRunner:
         unused = sorted(set(prompts) - {c.stem for c in cases})
         if unused:
             logger.warning("prompts for %s match no case", ", ".join(unused))
-        manifest = {**self.header(), "unused_prompts": unused, "cases": []}
+        self.manifest = manifest = {**self.header(), "unused_prompts": unused, "cases": []}
         failed = 0
         try:
             for case in tqdm(cases, desc="cases", disable=None):

@@ -16,16 +16,17 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from pydicom.dataset import Dataset
 
-from lib import dicom_seg
-from lib.engine import CONVERTED, stamp
-from lib.errors import NotFound, Refused, is_name
+from lib.mends import dicom_seg
+from lib.mends.errors import NotFound, Refused, is_name
+from lib.sources import CONVERTED, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import atomic_path, find_cases, read_image
-from zeroseg.io.finding import leaves, sniff
+from zeroseg.io.limits import leaves
+from zeroseg.io.sniffing import sniff
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
 
-MODALITIES = ("CT", "MR", "CR", "DX", "US")
+SHOWN_MODALITIES = ("CT", "MR", "CR", "DX", "US")
 """Shown of a DICOMweb server unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise; MONAI Label's default is CT alone."""
 LIST_SECONDS = 10
 """A list of series is asked for again after so long; MONAI Label's two hours hide what was just stored."""
@@ -133,10 +134,10 @@ def write_twin(folder: Path, twin: Path) -> None:
 
 
 def search_filter() -> dict[str, Any]:
-    """The filter the user set, else one that shows ``MODALITIES``."""
+    """The filter the user set, else one that shows ``SHOWN_MODALITIES``."""
     if "MONAI_LABEL_DICOMWEB_SEARCH_FILTER" in os.environ:
         return settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER
-    return {"Modality": list(MODALITIES)}
+    return {"Modality": list(SHOWN_MODALITIES)}
 
 
 class StudyDatastore(DICOMWebDatastore):

@@ -307,7 +307,6 @@ FUTURE, PAST = 4_000_000_000, 1
 @pytest.fixture
 def engine(tiny_backbone):
     pytest.importorskip("monailabel")
-    import lib.bundle  # noqa: F401
     from lib.engine import Engine
 
     return Engine(tiny_backbone, cache_bytes=64 << 20, resolution=64)
@@ -336,7 +335,6 @@ def test_a_dicom_folder_that_changes_gets_a_new_twin_whatever_the_clock_says(tmp
     pytest.importorskip("monailabel")
     import nibabel as nib
 
-    import lib.bundle  # noqa: F401
     from lib.datastore import FolderDatastore
 
     (tmp_path / "studies").mkdir()
@@ -358,6 +356,6 @@ def test_a_reading_that_runs_out_of_memory_says_so(tmp_path, monkeypatch):
     from zeroseg.io import find_cases, read_image
 
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
-    monkeypatch.setattr("zeroseg.io.reading._channels_first", lambda pixels: np.empty(1 << 55))
+    monkeypatch.setattr("zeroseg.io.picture.channels_first", lambda pixels: np.empty(1 << 55))
     with pytest.raises(MemoryShortage, match="not enough memory to read it"):
         read_image(find_cases(tmp_path)[0])

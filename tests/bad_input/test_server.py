@@ -1,4 +1,4 @@
-"""Attacks on the real server over HTTP; tests/test_app_server.py has the mistakes of honest clients."""
+"""Attacks on the real server over HTTP; tests/monailabel_app/test_server.py has the mistakes of honest clients."""
 
 from __future__ import annotations
 

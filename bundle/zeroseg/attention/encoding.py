@@ -11,6 +11,7 @@ from torch import Tensor
 from zeroseg.attention.aggregate import grid_side
 from zeroseg.attention.geodesic import TokenPaths
 from zeroseg.attention.merge import KLDistance
+from zeroseg.attention.readout import Readout, read_out
 from zeroseg.attention.refine import Upsampler
 from zeroseg.attention.rules import border_tokens, frame_relevance
 
@@ -20,8 +21,8 @@ Value = TypeVar("Value")
 class EncodedImage:
     """An encoded image; what a prompt works out and the next one may need is kept with it.
 
-    The attention takes by far the most memory: 64 MB for a slice and the embedded model, where the paths between tokens, all
-    that clicks need, take less than 1 MB. ``without_attention`` keeps those and asks for the attention again when it is
+    The attention takes by far the most memory: 64 MB for a slice and the embedded model, where the paths between tokens, and its
+    read-out, all that clicks need, take about 1 MB. ``without_attention`` keeps those and asks for the attention again when it is
     needed after all.
 
     Args:
@@ -52,6 +53,7 @@ class EncodedImage:
         self._distance: KLDistance | None = None
         self._paths: TokenPaths | None = None
         self._salience: Tensor | None = None
+        self._readout: Readout | None = None
         self._upsampler: tuple[str, Upsampler] | None = None
         self._kept: dict[str, tuple[Hashable, object]] = {}
 
@@ -87,6 +89,13 @@ class EncodedImage:
             self._salience = frame_relevance(self.distance, frame, self.paths)
         return self._salience
 
+    @property
+    def readout(self) -> Readout:
+        """What a promptable head reads of the attention, worked out on first use and kept."""
+        if self._readout is None:
+            self._readout = read_out(self.distance, self.paths, self.salience)
+        return self._readout
+
     def upsample(self, maps: Tensor, refine: str) -> Tensor:
         """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
         if self._upsampler is None or self._upsampler[0] != refine:
@@ -110,7 +119,8 @@ class EncodedImage:
         """Bytes the image takes once prompts have asked for all they may: the same before and after they did."""
         tokens = self.side**2
         # 8-neighbourhoods, each step kept once: a float64 cost and an int32 end. The guided filter keeps up to five images.
-        least = 6 * self.image.nbytes + self.latents.nbytes + 4 * tokens * 12
+        # The read-out keeps its steps, coordinates and salience, and two maps for each place prompted, some dozens.
+        least = 6 * self.image.nbytes + self.latents.nbytes + 4 * tokens * 12 + (17 + 2 * 32) * tokens * 4
         if self._again is not None:
             return least
         # Beside the attention stand its logarithms, as large; a text's noise draws are 8 latents and their noise.
@@ -123,7 +133,7 @@ class EncodedImage:
             again: encodes the image once more, for a prompt that needs the attention.
         """
         light = self.fresh()
-        light._paths, light._again = self.paths, again
+        light._paths, light._readout, light._again = self.paths, self.readout, again
         light.forget()
         return light
 
@@ -140,4 +150,4 @@ class EncodedImage:
         if self._again is not None:
             self._attention = None
         else:
-            self._salience = self._paths = None
+            self._salience = self._paths = self._readout = None

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from zeroseg.errors import WeightsError
 from zeroseg.hashing import file_sha256
+from zeroseg.places import MODELS
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _SETTINGS = ("*.json", "*.txt")
@@ -291,6 +291,13 @@ def verify_sums(folder: Path, files: Iterable[str] | None = None) -> dict[str, s
                     "copy it again"
                 )
     return hashes
+
+
+def write_sums(folder: Path) -> None:
+    """List every file of a model folder but its README in ``SHA256SUMS``, as ``verify_sums`` reads it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
+    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def fingerprint(hashes: dict[str, str]) -> str:

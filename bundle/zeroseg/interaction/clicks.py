@@ -46,7 +46,7 @@ def answer_clicks(encoded: EncodedImage, prompts: Prompts, settings: Settings) -
     """
     shape = tuple(encoded.image.shape[1:])
     inside = inside_box(encoded, prompts.box)
-    mask = np.zeros(shape, bool) if prompts.mask is None else _resized(prompts.mask, shape)
+    mask = np.zeros(shape, bool) if prompts.mask is None else resized(prompts.mask, shape)
     confidence = np.ones(shape, np.float32)
     thresholds: list[float] = []
     done: list[tuple[_Mark, np.ndarray]] = []
@@ -111,7 +111,7 @@ def _mark(encoded: EncodedImage, clicks: list[tuple[float, float]], kind: int) -
     return _Mark(pixels, sorted({rules.token_at(*c, encoded.size, encoded.side) for c in clicks}), kind)
 
 
-def _resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """A mask on another grid by nearest neighbour."""
     if mask.shape == shape:
         return mask.copy()

@@ -23,6 +23,7 @@ from zeroseg.attention.prepare import prepare
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
+from zeroseg.interaction.promptable import answer_by_head
 from zeroseg.interaction.prompts import Prompts, check_prompts, check_text
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
@@ -231,18 +232,16 @@ class AttentionSegmentationInferer(Inferer):
         return self._finish(encoded, table[labels], confidence, prompts, seconds, details)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
-        # Where another refiner plugs in: it takes what answer_clicks takes and returns what that returns.
-        if self.refiner == "head":
-            raise ZeroSegError("refiner head is not there yet: use refiner rules")
+        refine = answer_by_head if self.refiner == "head" else answer_clicks
         with timed(seconds, "select"):
-            mask, confidence, details = answer_clicks(encoded, prompts, self._settings)
+            mask, confidence, details = refine(encoded, prompts, self._settings)
         result = self._finish(encoded, mask.astype(np.uint8), confidence, prompts, seconds, details)
         # Pixels that are one on the working grid may have been marked differently: the user's word stands.
         if prompts.scribbles is not None:
             result.labels[prompts.scribbles == 1], result.labels[prompts.scribbles == 2] = 1, 0
         for (x, y), kind in zip(prompts.points, prompts.labels, strict=True):
             result.labels[int(y + 0.5), int(x + 0.5)] = kind
-        if prompts.candidate is not None:
+        if prompts.candidate is not None and self.refiner == "rules":
             result.notes.append("refiner rules has one answer: candidate is ignored")
         return result
 

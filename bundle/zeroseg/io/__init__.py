@@ -1,12 +1,14 @@
 """Reading images and volumes, writing masks, DICOM SEG, overlays and manifests."""
 
 from zeroseg.hashing import file_sha256
+from zeroseg.io.decoding import one_line
 from zeroseg.io.dicom_seg import write_dicom_seg
 from zeroseg.io.finding import Case, find_cases
+from zeroseg.io.image import Image, slice_affine
 from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
-from zeroseg.io.reading import Image, one_line, read_image, slice_affine
+from zeroseg.io.reading import read_image
 from zeroseg.io.writing import (
     atomic_path,
     remove_unfinished,

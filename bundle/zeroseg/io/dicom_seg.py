@@ -13,7 +13,8 @@ import pydicom
 
 import zeroseg
 from zeroseg.errors import ZeroSegError
-from zeroseg.io.reading import Image, one_line
+from zeroseg.io.decoding import one_line
+from zeroseg.io.image import Image
 from zeroseg.io.writing import atomic_path
 
 # Attributes a DICOM file must have but may leave empty (type 2); anonymised files often lack them altogether.

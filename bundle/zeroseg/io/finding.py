@@ -1,47 +1,36 @@
 """Finding the images of a folder and naming them.
 
-What a file holds is decided by its first bytes; the extension only says whether a file is worth opening, so a PNG named
-``.jpg`` is a picture, and a text named ``.png`` is a case that will be reported as unreadable.
+What a file holds is decided by its first bytes, see :mod:`zeroseg.io.sniffing`: a PNG named ``.jpg`` is a picture, and a
+text named ``.png`` is a case that will be reported as unreadable.
 """
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
-import re
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import pydicom
 from pydicom.dataset import Dataset
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.io.limits import leaves, refuse_inflating
+from zeroseg.io.sniffing import (
+    DATA_SUFFIXES,
+    DICOM_SUFFIXES,
+    KIND_OF_SUFFIX,
+    detached_data,
+    kind_of,
+    known_formats,
+    suffix_of,
+)
 
 logger = logging.getLogger(__name__)
 
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-_ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_KIND_OF_SUFFIX = {
-    **dict.fromkeys(_PICTURE_SUFFIXES, "picture"),
-    **dict.fromkeys((".nii", ".nii.gz"), "nifti"),
-    **dict.fromkeys(_ITK_SUFFIXES, "itk"),
-    **dict.fromkeys(_DICOM_SUFFIXES, "dicom"),
-}
-_DATA_SUFFIXES = (".raw", ".zraw")  # pixel files of detached headers (.mhd, .nhdr): no case of their own
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", *TIFF_MAGIC)
 _DICOMDIR = "1.2.840.10008.1.3.10"
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
-MAX_VOXELS = 512_000_000
-"""Voxels (pixels times channels) a header may declare before the file is refused: 2 GB as float32."""
-VOXELS_VARIABLE = "ZEROSEG_MAX_VOXELS"
 
 
 @dataclass(frozen=True)
@@ -83,35 +72,31 @@ def find_cases(dataset_dir: str | os.PathLike, exclude: str | os.PathLike | None
     if not root.exists():
         raise ZeroSegError(f"{root}: no such file or folder; check the path given as dataset_dir")
     if root.is_file():
-        kind = _kind(root)
+        kind = kind_of(root)
         if kind is None:
-            raise ZeroSegError(f"{root}: not a known image format; give {_known_formats()}")
-        return [Case(_safe(_stem(root, kind)), (root, *_detached_data(root, kind)), kind)]
+            raise ZeroSegError(f"{root}: not a known image format; give {known_formats()}")
+        return [Case(_safe(_stem(root, kind)), (root, *detached_data(root, kind)), kind)]
 
     found: list[tuple[list[str], tuple[Path, ...], str]] = []  # names from plain to specific, files, kind
     dicom, unknown = [], []
     for path in _walk(root, Path(exclude) if exclude is not None else None):
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind is None:
-            if not path.name.lower().endswith(_DATA_SUFFIXES):
+            if not path.name.lower().endswith(DATA_SUFFIXES):
                 unknown.append(path)
         elif kind == "dicom":
             dicom.append(path)
         else:
-            found.append((_file_names(path, kind, root), (path, *_detached_data(path, kind)), kind))
+            found.append((_file_names(path, kind, root), (path, *detached_data(path, kind)), kind))
     found += _group_dicom(dicom, root)
     if unknown:
         shown = ", ".join(str(path.relative_to(root)) for path in unknown[:5])
         logger.warning("ignored %d files of unknown format in %s: %s", len(unknown), root, shown)
     if not found:
-        raise ZeroSegError(f"{root}: no image found in this folder; give {_known_formats()}")
+        raise ZeroSegError(f"{root}: no image found in this folder; give {known_formats()}")
     found.sort(key=lambda entry: entry[1][0])
     stems = _unique([[_safe(name) for name in names] for names, _, _ in found])
     return [Case(stem, paths, kind) for stem, (_, paths, kind) in zip(stems, found, strict=True)]
-
-
-def _known_formats() -> str:
-    return "PNG, JPEG, TIFF, BMP, NIfTI, NRRD, MHA/MHD or DICOM"
 
 
 def _walk(root: Path, exclude: Path | None) -> Iterator[Path]:
@@ -136,71 +121,11 @@ def _walk(root: Path, exclude: Path | None) -> Iterator[Path]:
                 yield path
 
 
-def leaves(path: Path, folder: Path) -> bool:
-    """Whether a path is a symbolic link, or lies behind one, that leads out of a folder or in circles.
-
-    Args:
-        path: any path.
-        folder: resolved.
-    """
-    try:
-        return not path.resolve().is_relative_to(folder)
-    except (OSError, RuntimeError, ValueError):  # a circle, before Python 3.13; a NUL in the name
-        return True
-
-
-def _suffix(path: Path) -> str:
-    name = path.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
-
-
 def _stem(path: Path, kind: str) -> str:
     """File name without its extension; DICOM files are often named by a UID, whose last part is no extension."""
-    suffix = _suffix(path)
-    known = suffix in (_DICOM_SUFFIXES if kind == "dicom" else _KIND_OF_SUFFIX)
+    suffix = suffix_of(path)
+    known = suffix in (DICOM_SUFFIXES if kind == "dicom" else KIND_OF_SUFFIX)
     return path.name[: -len(suffix)] if suffix and known else path.name
-
-
-def _kind(path: Path) -> str | None:
-    """The kind of a file by content, else by extension; None: not an image as far as one can see."""
-    try:
-        content = sniff(path)
-    except OSError:  # no permission, or gone: the extension stands, reading will report it
-        content = None
-    suffix = _suffix(path)
-    if suffix in _KIND_OF_SUFFIX:
-        return content or _KIND_OF_SUFFIX[suffix]
-    return "dicom" if content == "dicom" else None
-
-
-def sniff(path: Path) -> str | None:
-    """The kind of a file by its first bytes alone."""
-    with open(path, "rb") as file:
-        head = file.read(352)
-    if head.startswith(b"\x1f\x8b"):
-        try:
-            with gzip.open(path) as file:
-                head = file.read(352)
-        except (OSError, EOFError, zlib.error):
-            return None
-        return "nifti" if nifti_class(head) else None
-    if head[128:132] == b"DICM":
-        return "dicom"
-    if nifti_class(head):
-        return "nifti"
-    if head.startswith(b"NRRD") or head.lstrip().startswith((b"ObjectType", b"NDims")):
-        return "itk"
-    return "picture" if head.startswith(_PICTURE_MAGIC) else None
-
-
-def nifti_class(head: bytes) -> type[nib.Nifti1Image] | None:
-    """Nifti1Image or Nifti2Image by the header's size field and magic string; None: neither."""
-    sizes = struct.unpack("<i", head[:4]) + struct.unpack(">i", head[:4]) if len(head) >= 4 else ()
-    if 348 in sizes and head[344:348] in (b"n+1\0", b"ni1\0"):
-        return nib.Nifti1Image
-    if 540 in sizes and head[4:8] in (b"n+2\0", b"ni2\0"):
-        return nib.Nifti2Image
-    return None
 
 
 def _safe(name: str) -> str:
@@ -213,7 +138,7 @@ def _safe(name: str) -> str:
 
 
 def _file_names(path: Path, kind: str, root: Path) -> list[str]:
-    stem, extension = _stem(path, kind), _suffix(path).replace(".", "")
+    stem, extension = _stem(path, kind), suffix_of(path).replace(".", "")
     folders = path.parent.relative_to(root).parts or (root.resolve().name,)
     return [
         stem,
@@ -245,89 +170,6 @@ def _unique(candidates: list[list[str]]) -> list[str]:
             names[i] = f"{name}_{number}"
         taken.add(names[i].casefold())
     return names
-
-
-def _detached_data(path: Path, kind: str) -> tuple[Path, ...]:
-    """The pixel file a text header (.mhd, .nhdr) names, where it exists; it belongs to the case."""
-    try:
-        name = data_file_entry(path) if kind == "itk" else None
-    except (OSError, ZeroSegError):
-        return ()
-    data = path.parent / name if name and Path(name).name == name else None
-    try:
-        inside = data is not None and not leaves(data, path.parent.resolve()) and data.is_file()
-    except OSError:  # a name too long to be one
-        inside = False
-    return (data,) if inside else ()
-
-
-def data_file_entry(path: Path) -> str | None:
-    """What a NRRD or MetaImage header says about where the pixels are: None for behind the header itself.
-
-    Raises:
-        ZeroSegError: the header has no end within its first 64 KiB, so that ITK could see what this function does not.
-        OSError: the file cannot be read.
-    """
-    with open(path, "rb") as file:
-        head = file.read(64 * 1024)
-    if head.startswith(b"NRRD"):
-        head, end, _ = head.replace(b"\r\n", b"\n").partition(b"\n\n")
-        entry = re.search(rb"^data ?file:[ \t]*(.*?)[ \t]*$", head, re.MULTILINE | re.IGNORECASE)
-        whole = end or entry or path.stat().st_size <= 64 * 1024
-    else:  # MetaIO takes either sign
-        entry = re.search(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", head, re.MULTILINE)
-        whole = entry
-    if not whole:
-        raise ZeroSegError(f"{path}: its header does not end within 64 KiB, or names no pixels; export it again")
-    name = entry.group(1).decode("utf-8", "replace") if entry else ""
-    return name if name and name.upper() != "LOCAL" else None
-
-
-def refuse_inflating(path: Path) -> None:
-    """Refuse a DICOM file of the deflated transfer syntax that grows beyond all measure; pydicom inflates it whole.
-
-    Raises:
-        ZeroSegError: it does.
-    """
-    with open(path, "rb") as file:
-        head = file.read(4096)
-        if head[128:132] != b"DICM" or _DEFLATED not in head:
-            return
-        file.seek(0)
-        limit, grown = max_voxels(), 0
-        try:
-            file.seek(144 + struct.unpack("<I", head[140:144])[0])  # (0002,0000): the length of the meta group after it
-            inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-            while not inflate.eof and (data := inflate.unconsumed_tail or file.read(1 << 16)):
-                grown += len(inflate.decompress(data, 1 << 20))
-                if grown > limit:
-                    raise ZeroSegError(
-                        f"{path}: inflates to more than {limit / 10**6:g} MB; decompress it first, or raise the limit "
-                        f"by the environment variable {VOXELS_VARIABLE}"
-                    )
-        except (zlib.error, struct.error):  # damaged: the parser will say so
-            return
-
-
-def max_voxels() -> int:
-    """Voxels (pixels times channels) a header may declare: ``ZEROSEG_MAX_VOXELS``, else :data:`MAX_VOXELS`.
-
-    Raises:
-        ZeroSegError: the variable is no positive whole number.
-    """
-    return limit_of(VOXELS_VARIABLE, MAX_VOXELS)
-
-
-def limit_of(variable: str, default: int) -> int:
-    """A limit that an environment variable can move.
-
-    Raises:
-        ZeroSegError: the variable is no positive whole number.
-    """
-    given = os.environ.get(variable, "").strip()
-    if given and not (given.isascii() and given.isdigit() and int(given[:18]) > 0):
-        raise ZeroSegError(f"the environment variable {variable} must be a positive whole number, not {given[:40]!r}")
-    return int(given[:18]) if given else default
 
 
 def _element(header: Dataset, keyword: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.io.reading import Image
+from zeroseg.io.image import Image
 
 CT_WINDOW = (40.0, 400.0)
 """Center and width in HU of the soft-tissue window: the usual one for abdominal organs, from -160 to 240 HU."""

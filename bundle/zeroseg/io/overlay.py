@@ -56,9 +56,8 @@ def draw_overlay(
     """
     height, width = np.asarray(labels).shape
     longest = max(height, width)
-    side = min(
-        max(longest * math.ceil(_MIN_SIDE / longest), _MIN_SIDE), _MAX_SIDE
-    )  # a whole factor keeps pixels square
+    # A whole factor keeps pixels square.
+    side = min(max(longest * math.ceil(_MIN_SIDE / longest), _MIN_SIDE), _MAX_SIDE)
     size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
     picture = _contours(image01, labels, size)
     _draw_prompts(picture, (size[0] / width, size[1] / height), points, box, point_labels)

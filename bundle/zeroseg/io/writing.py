@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.io.reading import Image
+from zeroseg.io.image import Image
 
 try:
     import fcntl

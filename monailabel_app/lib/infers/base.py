@@ -11,10 +11,11 @@ import numpy as np
 import SimpleITK as sitk
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 
-from lib.engine import Engine, OpenImage
-from lib.errors import InternalError
-from lib.files import temporary
-from lib.responsive import Abandoned
+from lib.engine import Engine
+from lib.mends.errors import InternalError
+from lib.mends.files import temporary
+from lib.mends.responsive import Abandoned
+from lib.sources import OpenImage
 from zeroseg import __version__
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.prompts import check_values

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib.engine import OpenImage
 from lib.infers.base import ZeroSegTask
+from lib.sources import OpenImage
 from zeroseg.interaction.prompts import from_viewer
 from zeroseg.segmentation import Segmentation
 

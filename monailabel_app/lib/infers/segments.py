@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lib.engine import OpenImage
 from lib.infers.base import ZeroSegTask, only_slice
+from lib.sources import OpenImage
 from zeroseg.errors import ZeroSegError
 from zeroseg.segmentation import Segmentation
 

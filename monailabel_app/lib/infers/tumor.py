@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.engine import ByteLimitedCache, Engine, OpenImage
+from lib.engine import Engine
 from lib.infers.base import ZeroSegTask
-from lib.responsive import stop_if_abandoned
+from lib.memory import ByteLimitedCache
+from lib.mends.responsive import stop_if_abandoned
+from lib.sources import OpenImage
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Image
 from zeroseg.segmentation import Segmentation
@@ -53,7 +55,8 @@ class Tumor(ZeroSegTask):
         key = (content, image.array.shape, image.affine.tobytes(), modality)
         known = self.encodings.get(key)
         if known is not None:
-            return replace(known, seconds={})  # this call spends no time on it
+            # This call spends no time on it.
+            return replace(known, seconds={})
         encoded = self.inferer.encode(image.array, image.affine, modality)
         self.encodings.put(key, encoded)
         return encoded

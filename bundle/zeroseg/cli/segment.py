@@ -1,0 +1,96 @@
+"""Segment images: masks, confidence, overlays, DICOM SEG for DICOM, and one manifest.json.
+
+    zeroseg segment IMAGES --output-dir OUT                            what differs from the frame of each image
+    zeroseg segment IMAGES --output-dir OUT --select segments          all segments, most object-like first
+    zeroseg segment cell.png --output-dir OUT --points 60,60 20,10 --labels 1 0
+    zeroseg segment scan.nii.gz --output-dir OUT --points 40,40,12     clicks in volumes are x,y,z
+    zeroseg segment IMAGES --output-dir OUT --text "skin lesion"
+    zeroseg segment IMAGES --output-dir OUT --prompts prompts.json
+
+The same as python -m monai.bundle run with the bundle's inference.yaml. IMAGES is a folder or one file: PNG, JPEG, TIFF, BMP,
+NIfTI, NRRD, MHA, DICOM files and series. A case that cannot be read is listed in the manifest with its reason, the others
+are done, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from zeroseg.cli.parser import Parser
+from zeroseg.cli.shared import add_json, add_model, add_set, given, numbers, run_cases
+from zeroseg.errors import ZeroSegError
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("input", metavar="IMAGES", help="folder, or one file")
+    parser.add_argument("--output-dir", required=True, help="folder for the results")
+    prompt = parser.add_argument_group("what to segment")
+    prompt.add_argument(
+        "--select", choices=["segments", "auto", "points", "box", "text"], help="default: by the prompt"
+    )
+    prompt.add_argument(
+        "--points", nargs="+", metavar="X,Y", help="clicks on the one image, in its pixels (voxels X,Y,Z)"
+    )
+    prompt.add_argument("--labels", nargs="+", metavar="1|0", help="of each click: 1 object (default), 0 not")
+    prompt.add_argument("--box", metavar="X0,Y0,X1,Y1", help="around the object of the one image")
+    prompt.add_argument("--text", help="words for what is meant, in every image without a prompt of its own")
+    prompt.add_argument("--prompts", help="prompts.json: prompts by case")
+    how = parser.add_argument_group("how")
+    how.add_argument("--affinity", choices=["attention", "features", "both"], help="default attention")
+    how.add_argument("--thresholds", help="DiffSeg's KL thresholds, such as 1,1,1 (default auto: found per image)")
+    how.add_argument("--max-segments", type=int, help="most segments that auto thresholds leave")
+    how.add_argument("--refine", choices=["guided", "none"], help="default guided: by the edges of the image")
+    how.add_argument("--resolution", type=int, help="side an image is resized to (default: the backbone's own)")
+    how.add_argument(
+        "--window", metavar="CENTER,WIDTH", help="of intensities (default: soft tissue for CT, percentiles)"
+    )
+    how.add_argument("--seed", type=int, help="default 0")
+    add_set(how)
+    add_model(parser, "embedded (default), a folder of a Stable Diffusion pipeline, or a hub id with --revision")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    add_json(parser, "manifest.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args)
+    settings = given(args, "select", "affinity", "max_segments", "refine", "resolution", "seed")
+    settings |= given(args, "backbone", "revision", "device", "dtype")
+    if args.thresholds is not None:
+        settings["thresholds"] = "auto" if args.thresholds == "auto" else numbers(args.thresholds, "--thresholds")
+    window = None if args.window is None else numbers(args.window, "--window", 2)
+    from pathlib import Path
+
+    from zeroseg.cases import CaseDataset
+    from zeroseg.configs import build_runner, find_config, parse_settings
+
+    runner = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, Path(args.output_dir))
+    # Words become an attribute: in a config, text that begins with $ is a program.
+    runner.text, runner.prompts = args.text if args.text is not None else runner.text, args.prompts
+    runner.window = runner.window if window is None else window
+    if prompt:
+        cases = CaseDataset(args.input).cases
+        if len(cases) > 1:
+            raise ZeroSegError(
+                f"--points and --box are for one image, here are {len(cases)}: give --prompts prompts.json"
+            )
+        runner.prompts = {cases[0].stem: prompt}
+    return run_cases(runner, args.input, args.json)
+
+
+def read_prompt(args: argparse.Namespace) -> dict[str, Any]:
+    """Clicks and box as a prompt; empty without.
+
+    Raises:
+        ZeroSegError: they are no numbers, or do not go with the other options.
+    """
+    prompt: dict[str, Any] = {}
+    if args.points is not None:
+        prompt["points"] = [numbers(point, "--points") for point in args.points]
+    if args.labels is not None:
+        prompt["labels"] = [numbers(label, "--labels", 1)[0] for label in args.labels]
+    if args.box is not None:
+        prompt["box"] = numbers(args.box, "--box", 4)
+    if prompt and (args.text is not None or args.prompts is not None):
+        raise ZeroSegError("--points and --box go neither with --text nor with --prompts")
+    return prompt

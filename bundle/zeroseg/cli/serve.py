@@ -1,0 +1,134 @@
+"""Serve ZeroSeg to OHIF and 3D Slicer: a MONAI Label server with the ZeroSeg app.
+
+    zeroseg serve                                                 sample images, to try 3D Slicer with
+    zeroseg serve --studies /data/images                          a folder: NIfTI, NRRD, DICOM folders, PNG, JPEG
+    zeroseg serve --studies http://127.0.0.1:8042/dicom-web       a DICOMweb server (Orthanc ...), for OHIF
+
+The server answers on this machine only. A server that others reach needs an authenticating proxy in front of it, see
+monailabel_app/README.md; --host then names the address to listen on. MONAI Label and the app, monailabel_app of the
+repository, are not in the package: make install sets up both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from zeroseg.cli.parser import Parser
+from zeroseg.errors import ZeroSegError
+from zeroseg.places import BUNDLE
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--studies", help="folder of images, or URL of a DICOMweb server (default: sample images)")
+    parser.add_argument(
+        "--modalities", default="CT,MR,CR,DX,US", help="shown of a DICOMweb server (default %(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default 8000)")
+    parser.add_argument("--backbone", help="embedded (default), the folder of a Stable Diffusion pipeline, or a hub id")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:0 or mps")
+    parser.add_argument("--dtype", help="fp32 (default), bf16 or fp16 (GPU)")
+    parser.add_argument(
+        "--cache-mb",
+        type=int,
+        help="memory for encoded slices, as much for images and for volumes of the tumour task (default 1024)",
+    )
+    parser.add_argument("--threads", type=int, help="threads of an inference (default: torch's choice)")
+    parser.add_argument(
+        "--resolution", type=int, help="side in pixels a slice is resized to (default: the backbone's own)"
+    )
+    parser.add_argument("--app", help="folder monailabel_app (default: the one of the checkout, or $ZEROSEG_APP)")
+    parser.add_argument("--verbose", action="store_true", help="log every request")
+
+
+def run(args: argparse.Namespace) -> int:
+    app = find_app(args.app)
+    remote = args.studies is not None and args.studies.startswith(("http://", "https://"))
+    if args.studies is None:
+        args.studies = str(sample_studies(app.parent / "out" / "serve"))
+    elif not remote and not Path(args.studies).is_dir():
+        raise ZeroSegError(f"{args.studies} is neither a folder nor a URL: give one of them, --studies")
+    if not free(args.host, args.port):
+        raise ZeroSegError(f"port {args.port} of {args.host} is taken: choose another one, --port")
+    if args.port == 0:
+        args.port = free_port(args.host)
+    # MONAI Label lists CT only unless told otherwise; the app asks for a list of modalities one by one.
+    os.environ.setdefault("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", json.dumps({"Modality": args.modalities.split(",")}))
+    os.environ.setdefault("MONAI_LABEL_TASKS_TRAIN", "false")
+    os.environ.setdefault("MONAI_LABEL_TASKS_SCORING", "false")
+
+    studies = args.studies if remote else str(Path(args.studies).resolve())
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]
+    command += ["--host", args.host, "--port", str(args.port), "--verbose", "INFO" if args.verbose else "WARNING"]
+    for name in ("backbone", "revision", "device", "dtype", "cache_mb", "threads", "resolution"):
+        value = getattr(args, name)
+        if value is not None:
+            folder = name == "backbone" and Path(value).is_dir()
+            command += ["--conf", name, str(Path(value).resolve()) if folder else str(value)]
+    print_addresses(args, remote)
+    # MONAI Label reads a .env file from the folder it is started in; an empty one has none, whatever lies about here.
+    os.chdir(tempfile.mkdtemp(prefix="zeroseg-serve-"))
+    os.execv(sys.executable, command)
+
+
+def find_app(given: str | None) -> Path:
+    """The folder of the app: the one given, that of the environment's ``ZEROSEG_APP``, or the one beside the bundle.
+
+    Raises:
+        ZeroSegError: it is not there, or MONAI Label is not installed.
+    """
+    app = Path(given or os.environ.get("ZEROSEG_APP") or BUNDLE.parent / "monailabel_app").expanduser().resolve()
+    if not (app / "main.py").is_file():
+        raise ZeroSegError(f"there is no app in {app}: give the folder monailabel_app of the repository, --app")
+    if find_spec("monailabel") is None:
+        raise ZeroSegError(
+            "MONAI Label is not installed: pip install 'zeroseg[app]', then pip install --no-deps monailabel pydicom-seg"
+        )
+    return app
+
+
+def print_addresses(args: argparse.Namespace, remote: bool) -> None:
+    address = f"http://{args.host}:{args.port}"
+    print(f"ZeroSeg serves {args.studies}")
+    print(f"  3D Slicer   MONAI Label module, server {address}")
+    if remote:
+        print(f"  OHIF        {address}/ohif/  (choose a study, then MONAI Label)")
+    else:
+        print("  OHIF        needs a DICOMweb server: --studies http://.../dicom-web")
+    print(f"  API         {address}/\nCtrl+C stops it.", flush=True)
+
+
+def sample_studies(folder: Path) -> Path:
+    """The demo's real sample images, copied once: MONAI Label keeps its labels beside the images."""
+    from zeroseg.samples import sample_files
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sample_files():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
+def free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

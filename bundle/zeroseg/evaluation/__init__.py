@@ -1,0 +1,1 @@
+"""Measuring segmentations against masks: protocols, a simulated annotator, metrics, baselines, confidence, tables."""

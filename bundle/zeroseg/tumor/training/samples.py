@@ -1,0 +1,222 @@
+"""From cases to what a training step sees: volumes through the frozen encoder, and voxels of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.errors import ZeroSegError
+from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.prepare import prepare
+from zeroseg.tumor.training.cases import TrainingCase
+
+
+@dataclass
+class Example:
+    """A case on the working grid: the encoder's features and the (X, Y, Z) bool mask."""
+
+    features: tuple[Tensor, ...]
+    target: Tensor
+    case: TrainingCase
+
+
+@dataclass
+class VoxelSamples:
+    """V voxels of each of S readings of cases.
+
+    Attributes:
+        inputs: per stage (S, V, inputs of T) float16: what that stage's adapter sees at the coarse voxel around each.
+        target: (S, V) bool.
+        weight: (S, V) how many voxels of the volume each stands for, as a share; adds up to 1 over V.
+        cases: S cases.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    weight: Tensor
+    cases: list[TrainingCase]
+
+
+def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
+    """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise."""
+    order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
+    flips = [axis for axis in range(3) if rng.random() < 0.5]
+    volume = volume[0, 0].permute(*order).flip(flips)
+    target = target.permute(*order).flip(flips)
+    strength = 0.5 if modality == "ct" else 1.0  # HU are what they are, but for the scanner's calibration
+    gamma = float(np.exp(strength * rng.uniform(-0.3, 0.3)))
+    gain, offset = 1 + strength * rng.uniform(-0.12, 0.12), strength * rng.uniform(-0.04, 0.04)
+    noise = torch.from_numpy(rng.standard_normal(volume.shape).astype(np.float32)) * float(rng.uniform(0, 0.025))
+    changed = (volume.clamp(0, 1) ** gamma * gain + offset + noise).clamp(0, 1)
+    return changed[None, None].contiguous(), target.contiguous()
+
+
+def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: int) -> tuple[Tensor, Tensor]:
+    """A random part of a (1, 1, X, Y, Z) volume and its target with sides of at most ``longest`` voxels.
+
+    Where there is a lesion, the part holds the middle of a random piece of it: training costs less, and fields of view vary.
+    """
+    hits = target.nonzero()
+    anchor = hits[int(rng.integers(len(hits)))].tolist() if len(hits) else [int(rng.integers(n)) for n in target.shape]
+    place = []
+    for n, a in zip(target.shape, anchor, strict=True):
+        length = min(n, longest)
+        start = int(np.clip(a - rng.uniform(0.2, 0.8) * length, 0, n - length))
+        place.append(slice(start, start + length))
+    return volume[(..., *place)].contiguous(), target[tuple(place)].contiguous()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How cases become samples.
+
+    Attributes:
+        voxels: kept of every case for the first phase.
+        variants: augmented readings of every real volume; phantoms get one each.
+        crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's
+            ``size_multiple``.
+        readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
+    """
+
+    voxels: int = 500
+    variants: int = 8
+    crop: int = 48
+    readers: int = 0
+
+
+class CaseReader:
+    """Reads cases through the frozen encoder.
+
+    Args:
+        backbone: frozen, loaded.
+        sampling: how.
+        seed: of everything random.
+
+    Raises:
+        ZeroSegError: ``crop`` does not suit the backbone.
+    """
+
+    def __init__(self, backbone: MaisiBackbone, sampling: Sampling, seed: int = 0):
+        if sampling.crop < 1 or sampling.crop % backbone.size_multiple:
+            raise ZeroSegError(f"crop must be a multiple of {backbone.size_multiple}, not {sampling.crop}")
+        self.backbone, self.sampling, self.seed = backbone, sampling, seed
+
+    def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
+        """One case through the frozen encoder; with a generator, augmented."""
+        values, affine, mask = case.load()
+        spacing = np.asarray(self.backbone.spacing)
+        if rng is not None and case.real:
+            spacing = spacing * rng.uniform(0.8, 1.2)
+        prepared = prepare(values, affine, case.modality, spacing, self.backbone.size_multiple, self.backbone.ct_window)
+        volume, target = prepared.volume, prepared.from_input(mask)
+        if rng is not None:
+            volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.sampling.crop)
+        features = self.backbone.read(volume).features
+        return Example(tuple(f.cpu() for f in features), target, case)
+
+    def jobs(self, cases: Sequence[TrainingCase]) -> list[tuple[TrainingCase, int, int]]:
+        """(case, its number, number of the variant) for every reading."""
+        variants = self.sampling.variants
+        return [(case, i, n) for i, case in enumerate(cases) for n in range(variants if case.real else 1)]
+
+    def read_job(self, job: tuple[TrainingCase, int, int]) -> Example:
+        """One reading, augmented; the same whenever it is read."""
+        case, i, n = job
+        return self.read(case, np.random.default_rng([self.seed, i, n]))
+
+    def draw(self, example: Example, adapters: AovaAdapters, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Some voxels of a case: two fifths of them of the lesion where there is one, the others from anywhere.
+
+        Returns:
+            Target, weight and the inputs of every stage, as a row of ``VoxelSamples``.
+        """
+        voxels = self.sampling.voxels
+        flat = example.target.flatten().numpy()
+        inside = np.flatnonzero(flat)
+        count = voxels * 2 // 5 if len(inside) else 0
+        outside = np.flatnonzero(~flat)
+        chosen = np.concatenate([rng.choice(inside, count), rng.choice(outside, voxels - count)]).astype(np.int64)
+        shares = [len(inside) / max(count, 1), len(outside) / (voxels - count)]
+        weight = np.repeat(shares, [count, voxels - count])
+        place = np.stack(np.unravel_index(chosen, example.target.shape))
+        inputs = []
+        for level, (stage, features) in enumerate(zip(adapters.stages, example.features, strict=True)):
+            seen = stage.surroundings(stage.standardise(features.to(self.backbone.device, torch.float32)))[0].cpu()
+            inputs.append(seen[(slice(None), *torch.from_numpy(place >> level))].T.half())
+        return torch.from_numpy(flat[chosen]), torch.from_numpy(weight / flat.size).float(), *inputs
+
+    def samples(self, cases: Sequence[TrainingCase], adapters: AovaAdapters, kept: Path) -> VoxelSamples:
+        """Voxels of all cases; of real ones several times, augmented anew.
+
+        Args:
+            cases: trained on.
+            adapters: calibrated; they say what is seen of a voxel.
+            kept: file the samples are kept in for the next run.
+        """
+        jobs = self.jobs(cases)
+        rows, key = [case for case, _, _ in jobs], self._key(jobs, adapters)
+        if kept.is_file():
+            saved = torch.load(kept, weights_only=True, mmap=True)
+            if saved["key"] == key:
+                target, weight, *inputs = saved["columns"]
+                return VoxelSamples(tuple(inputs), target, weight, rows)
+        columns: list[Tensor] = []
+        loader = DataLoader(_Readings(self, jobs, adapters), batch_size=None, num_workers=self.sampling.readers)
+        for row, parts in enumerate(tqdm(loader, desc="reading", mininterval=10)):
+            columns = columns or [torch.empty((len(jobs), *part.shape), dtype=part.dtype) for part in parts]
+            for column, part in zip(columns, parts, strict=True):
+                column[row] = part
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"key": key, "columns": columns}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+        return VoxelSamples(tuple(columns[2:]), columns[0], columns[1], rows)
+
+    def _key(self, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters) -> str:
+        """Of all that decides what ``samples`` reads."""
+        stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
+        decisive = [stems, self.seed, self.sampling.voxels, self.sampling.crop, adapters.options]
+        digest = hashlib.sha256(json.dumps(decisive).encode())
+        digest.update(self.backbone.fingerprint.encode())
+        for stage in adapters.stages:
+            digest.update(stage.center.cpu().numpy().tobytes() + stage.spread.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Readings(Dataset):
+    """Rows of ``VoxelSamples``, one per job."""
+
+    def __init__(self, reader: CaseReader, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters):
+        self.reader, self.jobs, self.adapters = reader, jobs, adapters
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    @torch.inference_mode()
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        job = self.jobs[index]
+        rng = np.random.default_rng([self.reader.seed, *job[1:], 1])
+        return self.reader.draw(self.reader.read_job(job), self.adapters, rng)
+
+
+def calibrate(adapters: AovaAdapters, examples: Sequence[Example], seed: int) -> None:
+    """Let the adapters' stages know the mean and spread of what they will see, from 500 voxels of 120 examples at most."""
+    rng = np.random.default_rng(seed)
+    chosen = [examples[i] for i in rng.permutation(len(examples))[:120]]
+    samples = []
+    for level in range(len(adapters.stages)):
+        columns = []
+        for example in chosen:
+            flat = example.features[level][0].flatten(1).float()
+            columns.append(flat[:, torch.from_numpy(rng.integers(0, flat.shape[1], 500))])
+        samples.append(torch.cat(columns, 1))
+    adapters.calibrate(samples)

@@ -1,0 +1,286 @@
+"""Both phases of the training, its checkpoints, and the folder it writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.hashing import file_sha256
+from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.aova import load_adapters
+from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
+from zeroseg.tumor.training.fusion import FusionFitter
+from zeroseg.tumor.training.questions import Questions
+from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate
+from zeroseg.tumor.training.terms import volume_terms, voxel_terms
+
+WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
+"""Of the terms, unless the schedule says otherwise."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, on how much and how fast the adapters learn.
+
+    Attributes:
+        steps: of the first phase, on voxels.
+        volumes: cases per step of the first phase.
+        volume_steps: of the second phase, on whole volumes.
+        batch: volumes per step of the second phase.
+        lr: highest learning rate; warm-up, then a cosine to zero.
+        weights: of the terms, over :data:`WEIGHTS`.
+        real_share: of the volumes drawn per step.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 4000
+    volumes: int = 32
+    volume_steps: int = 0
+    batch: int = 4
+    lr: float = 3e-3
+    weights: Mapping[str, float] | None = None
+    real_share: float = 0.25
+    save_every: int = 200
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor of the learning rate at a step of a phase."""
+        return float(max(min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / steps)), 0.01))
+
+
+class AdapterTrainer:
+    """Trains adapters for one frozen backbone and text encoder, and fits the fusion of the residuals.
+
+    Args:
+        backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
+        text_encoder: frozen.
+        cases: from :func:`gather_cases`.
+        out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
+        work: folder of the checkpoint and of the samples; the run resumes from it.
+        schedule: how long, on how much and how fast.
+        sampling: how cases become samples.
+        adapters: options of ``AovaAdapters``.
+        initial: folder of trained adapters to start from instead of random ones.
+        fusion_volumes: phantoms, and as many real volumes at most, per modality that the residuals' fusion is fitted on;
+            0: not fitted.
+        seed: of everything random.
+
+    Raises:
+        ZeroSegError: ``sampling.crop`` does not suit the backbone, or the adapters of ``initial`` do not suit the texts.
+    """
+
+    def __init__(
+        self,
+        backbone: MaisiBackbone,
+        text_encoder: TextEncoder,
+        cases: CaseSets,
+        out: str | Path,
+        work: str | Path,
+        schedule: Schedule | None = None,
+        sampling: Sampling | None = None,
+        adapters: Mapping | None = None,
+        initial: str | Path | None = None,
+        fusion_volumes: int = 60,
+        seed: int = 0,
+    ):
+        self.backbone, self.encoder = backbone.load(), text_encoder.load()
+        self.sets, self.cases = cases, cases.cases
+        self.out, self.work = Path(out), Path(work)
+        self.schedule, self.fusion_volumes, self.seed = schedule or Schedule(), fusion_volumes, seed
+        self.weights = {**WEIGHTS, **(self.schedule.weights or {})}
+        self.reader = CaseReader(backbone, sampling or Sampling(), seed)
+        self.questions = Questions(self.encoder)
+        torch.manual_seed(seed)
+        options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
+        self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
+        # Those of ``initial`` do not fit what comes out.
+        self.adapters.fusion = self.adapters.presence = None
+        self._calibrated = initial is not None
+        self.adapters.requires_grad_(True).to(backbone.device)
+        self.log: list[list] = []
+        self.seconds = 0.0
+
+    def run(self) -> dict:
+        """Train, measure on what was left out, fit the fusion, write the folder.
+
+        Returns:
+            What ``training.json`` records of it.
+        """
+        start = time.monotonic()
+        self.train()
+        self.adapters.eval().requires_grad_(False)
+        self.seconds += time.monotonic() - start
+        self.save()
+        fitter = FusionFitter(
+            self.reader, self.encoder, self.adapters, self.sets.fusion, self.fusion_volumes, self.seed
+        )
+        if self.fusion_volumes:
+            self.adapters.fusion, self.adapters.presence = fitter.fit_weights(), fitter.fit_presence()
+        return self.save({case.stem: round(fitter.dice(case), 4) for case in self.sets.left_out})
+
+    def train(self) -> None:
+        """Both phases; the second begins with the first one's result and a tenth of its learning rate."""
+        checkpoint, schedule = self.work / "adapters.pt", self.schedule
+        state = {"voxels": 0, "volumes": 0}
+        if checkpoint.is_file():
+            saved = torch.load(checkpoint, map_location=self.backbone.device, weights_only=True)
+            self.adapters.load_state_dict(saved["adapters"])
+            self._calibrated = True
+            state, self.log, self.seconds = saved["state"], saved["log"], saved["seconds"]
+            self._optimizer_state = saved["optimizer"]
+        if state["voxels"] < schedule.steps:
+            samples = self.samples()
+            pools = [[i for i, case in enumerate(samples.cases) if case.real is real] for real in (False, True)]
+            self._phase("voxels", schedule.steps, schedule.lr, state, lambda rng: self._voxel_step(samples, pools, rng))
+        if state["volumes"] < schedule.volume_steps:
+            pools = phantoms_and_real(self.cases)
+            rate = schedule.lr / 10
+            self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._volume_step(pools, rng))
+
+    def samples(self) -> VoxelSamples:
+        """Voxels of all training cases, kept in ``work`` for the next run; new adapters are calibrated on some of them."""
+        if not self._calibrated:
+            jobs = self.reader.jobs(self.cases)
+            order = np.random.default_rng(self.seed).permutation(len(jobs))[:60]
+            calibrate(self.adapters, [self.reader.read_job(jobs[i]) for i in order], self.seed)
+            self._calibrated = True
+        return self.reader.samples(self.cases, self.adapters, self.work / "voxels.pt")
+
+    def _phase(
+        self,
+        name: str,
+        steps: int,
+        lr: float,
+        state: dict[str, int],
+        terms_of: Callable[[np.random.Generator], dict[str, Tensor]],
+    ) -> None:
+        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+        if state[name]:
+            optimizer.load_state_dict(self._optimizer_state)
+        mean: dict[str, float] = {}
+        bar = tqdm(range(state[name], steps), initial=state[name], total=steps, desc=name, mininterval=10)
+        for step in bar:
+            # A generator per step, so that a resumed run draws what a whole one would.
+            rng = np.random.default_rng([self.seed, len(name), step])
+            for group in optimizer.param_groups:
+                group["lr"] = lr * self.schedule.rate(step, steps)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.backbone.device.type != "mps"):
+                terms = terms_of(rng)
+            sum(self.weights[key] * term for key, term in terms.items()).backward()
+            torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
+            optimizer.step()
+            for key, term in terms.items():
+                mean[key] = 0.97 * mean.get(key, term.item()) + 0.03 * term.item()
+            state[name] = step + 1
+            if (step + 1) % 50 == 0:
+                bar.set_postfix({key: f"{value:.3f}" for key, value in mean.items()})
+                self.log.append([name, step + 1, {key: round(value, 4) for key, value in mean.items()}])
+            if (step + 1) % self.schedule.save_every == 0 or step + 1 == steps:
+                self._save_checkpoint(optimizer, state)
+
+    def _save_checkpoint(self, optimizer: torch.optim.Optimizer, state: dict[str, int]) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        parts = {"adapters": self.adapters.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+        part = self.work / "adapters.part"
+        torch.save({**parts, "log": self.log, "seconds": self.seconds}, part)
+        part.replace(self.work / "adapters.pt")
+
+    def _draw(self, pools: list[list], rng: np.random.Generator):
+        phantoms, real = pools
+        pool = real if real and (not phantoms or rng.random() < self.schedule.real_share) else phantoms
+        return pool[rng.integers(len(pool))]
+
+    def _voxel_step(self, samples: VoxelSamples, pools: list[list[int]], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The terms of random voxels of ``volumes`` cases."""
+        rows = [self._draw(pools, rng) for _ in range(self.schedule.volumes)]
+        return voxel_terms(self.adapters, self.questions, samples, rows, rng)
+
+    def _volume_step(self, pools: list[list], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The mean terms of ``batch`` whole volumes, read anew and augmented."""
+        total: dict[str, Tensor] = {}
+        for _ in range(self.schedule.batch):
+            terms = self._terms(self.reader.read(self._draw(pools, rng), rng), rng)
+            total = {name: total.get(name, 0) + term / self.schedule.batch for name, term in terms.items()}
+        return total
+
+    def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
+        organ, tumor, fits = self.questions.draw(rng, example.case)
+        device = self.backbone.device
+        prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
+        target = example.target if fits else torch.zeros_like(example.target)
+        output = self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
+        for name in ("margin", "image_logit", "pooled"):
+            setattr(output, name, getattr(output, name).float())
+        return volume_terms(output, prompts.to(device), roles, target.to(device))
+
+    def save(self, measured: Mapping[str, float] | None = None) -> dict:
+        """Write adapters, config entries, record and sums; returns the record.
+
+        Args:
+            measured: Dice of the cases left out.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = {k: v.half().contiguous().cpu() for k, v in self.adapters.state_dict().items()}
+        save_file(state, self.out / "adapters.safetensors")
+        config = _read_json(self.out / "config.json")
+        config["adapters"] = self.adapters.options
+        fitted = {"fusion": self.adapters.fusion, "presence": self.adapters.presence}
+        config = {k: v for k, v in config.items() if k not in fitted} | {k: v for k, v in fitted.items() if v}
+        (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        record = {"fusion": self._fusion_record(measured)}
+        if self.schedule.steps or self.schedule.volume_steps:
+            record["adapters"] = self._training_record()
+        known = _read_json(self.out / "training.json")
+        (self.out / "training.json").write_text(json.dumps(known | record, indent=1) + "\n")
+        write_sums(self.out)
+        return record
+
+    def _fusion_record(self, measured: Mapping[str, float] | None) -> dict:
+        record = {**counted(self.sets.fusion), "volumes": self.fusion_volumes, "seed": self.seed}
+        return record | ({"left_out_dice": dict(measured)} if measured else {})
+
+    def _training_record(self) -> dict:
+        schedule, sampling = self.schedule, self.reader.sampling
+        return {
+            **counted(self.cases),
+            "lesion_kinds": sorted({case.kind for case in self.cases if case.kind}),
+            "held_out": {k: list(v) for k, v in self.sets.held_out.items()},
+            "steps": {"voxels": schedule.steps, "volumes": schedule.volume_steps},
+            "volumes": schedule.volumes,
+            "voxels": sampling.voxels,
+            "batch": schedule.batch,
+            "lr": schedule.lr,
+            "weights": self.weights,
+            "real_share": schedule.real_share,
+            "variants": sampling.variants,
+            "crop": sampling.crop,
+            "seed": self.seed,
+            "parameters": sum(p.numel() for p in self.adapters.parameters()),
+            "hours": round(self.seconds / 3600, 2),
+            "hardware": f"{self.backbone.device.type}, {torch.get_num_threads()} threads",
+            "backbone": self.backbone.fingerprint,
+            "text_encoder": self.encoder.fingerprint,
+            "loss": self.log[:: max(1, len(self.log) // 60)],
+        }
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_sums(folder: Path) -> None:
+    """List every file of a model folder but its README in ``SHA256SUMS``."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
+    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))

@@ -1,0 +1,169 @@
+"""MONAI Label infers inside its event loop, so that nothing else is answered; until test_mends.py::test_responsive.
+
+For as long as one of its endpoints works, `/info`, OHIF's files and OHIF's DICOM proxy wait. ``OffLoop`` wraps the whole ASGI application and runs each request in a worker thread, in an event
+loop of its own: inference in one small pool, whose length is the job queue, everything else in another. MONAI Label's code is
+not touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from lib.mends.files import of_one_request
+from lib.mends.limits import upload_limit
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+IN_MEMORY = 1 << 24
+"""Bytes of a request's body kept in memory; larger ones (uploads) wait on disk."""
+CHUNK = 1 << 20
+
+_abandoned: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("abandoned", default=None)
+
+
+class Abandoned(Exception):
+    """The client of the running job has gone."""
+
+
+def stop_if_abandoned() -> None:
+    """Called between the steps of a long job.
+
+    Raises:
+        Abandoned: the client that waits for it has disconnected.
+    """
+    event = _abandoned.get()
+    if event is not None and event.is_set():
+        raise Abandoned
+
+
+class OffLoop:
+    """ASGI application that runs another one's requests in threads.
+
+    A client that disconnects while its job is queued frees its place at once; a running job is told, see
+    ``stop_if_abandoned``. The answer of a job is sent after the job has left its thread, so that a slow line delays nobody.
+
+    Args:
+        app: the application; it sees one request per event loop.
+        jobs: inferences at a time; more wait in order of arrival.
+        threads: other requests at a time.
+    """
+
+    def __init__(self, app: App, jobs: int = 1, threads: int = 16):
+        self.app = app
+        self.jobs = ThreadPoolExecutor(jobs, thread_name_prefix="job")
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="request")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _on_loop(scope):
+            await self.app(scope, receive, send)
+            return
+        with tempfile.SpooledTemporaryFile(IN_MEMORY) as body:
+            try:
+                if not await _read_body(receive, body):
+                    return
+            except TooLarge as error:
+                await JSONResponse({"detail": str(error)}, 413)(scope, receive, send)
+                return
+            pool = self.jobs if _is_job(scope) else self.threads
+            gone = threading.Event()
+            answer: list[Message] = []
+            loop = asyncio.get_running_loop()
+
+            def deliver(message: Message) -> None:
+                if pool is self.jobs:
+                    answer.append(message)
+                else:
+                    asyncio.run_coroutine_threadsafe(send(message), loop).result()
+
+            job = pool.submit(_run, self.app, scope, body, deliver, gone)
+            watch = asyncio.ensure_future(_disconnected(receive))
+            waiting = asyncio.wrap_future(job)
+            await asyncio.wait({watch, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                gone.set()
+                if job.cancel():
+                    return
+            else:
+                watch.cancel()
+            try:
+                await waiting
+            except Abandoned:
+                return
+            for message in answer:
+                await send(message)
+
+
+def _on_loop(scope: Scope) -> bool:
+    """Requests that MONAI Label answers without blocking: files of the viewer and of the documentation."""
+    return scope["path"].startswith(("/ohif", "/static", "/docs", "/openapi.json", "/favicon.ico"))
+
+
+def _is_job(scope: Scope) -> bool:
+    path = scope["path"]
+    return path.startswith("/infer/") or (
+        path.startswith("/batch/infer/") and b"run_sync=true" in scope["query_string"]
+    )
+
+
+class TooLarge(Exception):
+    """The request is longer than is allowed."""
+
+
+async def _read_body(receive: Receive, body) -> bool:
+    """Read the whole body; False when the client went away meanwhile.
+
+    Raises:
+        TooLarge: there is more of it than ``upload_limit``.
+    """
+    limit = upload_limit()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return False
+        body.write(message.get("body", b""))
+        if body.tell() > limit:
+            raise TooLarge(f"the request is longer than the {limit >> 20} MB accepted: send less at a time")
+        if not message.get("more_body"):
+            body.seek(0)
+            return True
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], gone: threading.Event) -> None:
+    """One request from start to end, in this thread."""
+
+    ended = False
+
+    async def receive() -> Message:
+        nonlocal ended
+        if not ended:
+            chunk = body.read(CHUNK)
+            ended = len(chunk) < CHUNK
+            return {"type": "http.request", "body": chunk, "more_body": not ended}
+        # Who asks on, a file being sent for one, wants to know when the client leaves.
+        while not gone.is_set():
+            await asyncio.sleep(0.1)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        deliver(message)
+
+    _abandoned.set(gone)
+    with of_one_request():
+        asyncio.run(app(scope, receive, send))

@@ -1,0 +1,428 @@
+#!/usr/bin/env python
+"""Train the promptable head on encoded scenes (``encode_scenes.py``), with a simulated annotator in the loop; no human mask is read.
+
+    python scripts/training/train_head.py --shards runs/interaction/shards --work runs/interaction/head --minutes 100
+
+An episode takes one object of one scene: a first prompt (click at the innermost or at any pixel, box, stroke, or a spoilt mask to
+start from), then corrections where the shown answer errs. Every answer gives a gradient. The window seen follows the same rule as
+in use. One episode in four sees no attention, so that the same network serves as its own control. The run resumes from ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from scenes import Scene
+from zeroseg.attention.readout import Readout
+from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
+
+SIZE = 256
+TURNS = 4
+BLIND = 0.25
+"""Share of episodes that see no attention."""
+
+
+class Shards:
+    """The encoded scenes in memory; new shards are taken in as they appear."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.items, self.known = folder, [], set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        for path in sorted(self.folder.glob("shard_?????.npz")):
+            if path.name in self.known:
+                continue
+            self.known.add(path.name)
+            with np.load(path) as stored:
+                data = {k: stored[k] for k in stored.files}
+            for i in range(len(data["image"])):
+                self.items.append({k: v[i] for k, v in data.items()})
+
+
+def inner(mask: np.ndarray) -> np.ndarray:
+    """Distance of every pixel to the outside of a bool mask; the image's edge counts as outside."""
+    padded = np.pad(mask.astype(np.uint8), 1)
+    return cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1]
+
+
+def spoil(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A mask as another model, a neighbour slice or a hasty hand would give it."""
+    out = mask.astype(np.uint8)
+    if rng.random() < 0.6:
+        k = int(rng.integers(1, 12))
+        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * k + 1, 2 * k + 1))
+        out = (cv2.dilate if rng.random() < 0.5 else cv2.erode)(out, kernel)
+    if rng.random() < 0.6:
+        scale = rng.uniform(0.02, 0.12) * np.sqrt(max(mask.sum(), 16))
+        n = int(rng.integers(3, 9))
+        flow = [cv2.resize(rng.standard_normal((n, n)).astype(np.float32) * scale, (SIZE, SIZE)) for _ in range(2)]
+        y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+        out = cv2.remap(out, x + flow[0], y + flow[1], cv2.INTER_NEAREST)
+    if rng.random() < 0.3:
+        y, x, r = *rng.integers(0, SIZE, 2), int(rng.integers(5, 40))
+        cv2.circle(out, (int(x), int(y)), r, int(rng.random() < 0.5), -1)
+    return out > 0
+
+
+class Episode:
+    """One object, prompted several times.
+
+    ``input`` and ``answer`` speak in windows; the last answer and the marks are kept at full size.
+    """
+
+    def __init__(self, item: dict, rng: np.random.Generator):
+        self.rng = rng
+        self.truth = None
+        while self.truth is None:
+            self.truth = self._object(item)
+        image = item["image"].astype(np.float32) / 255
+        if rng.random() < 0.5:
+            image = image ** np.exp(rng.normal(0, 0.3))
+        if rng.random() < 0.2:
+            image = 1 - image
+        if rng.random() < 0.3:
+            image = image[..., rng.permutation(3)]
+        if rng.random() < 0.15:
+            image = np.repeat(image.mean(-1, keepdims=True), 3, -1)
+        if rng.random() < 0.3:
+            image = image + rng.uniform(0, 0.06) * rng.standard_normal(image.shape).astype(np.float32)
+        self.image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32))
+        self.readout = None
+        if rng.random() >= BLIND:
+            side = len(item["salience"]) ** 0.5
+            self.readout = Readout(
+                round(side),
+                item["steps"].astype(np.float32),
+                item["coordinates"].astype(np.float32),
+                item["salience"].astype(np.float32),
+            )
+        self.marks = np.zeros((SIZE, SIZE), np.uint8)
+        self.tokens: list[set[int]] = [set(), set()]
+        self.maps = None
+        self.box = None
+        self.last: np.ndarray | None = None
+        self.turn, self.flip = int(rng.integers(4)), bool(rng.random() < 0.5)
+        self.window = self._first_window()
+        self._first_prompt()
+
+    def _object(self, item: dict) -> np.ndarray | None:
+        """A connected object to ask for, or None where the draw gave nothing sensible."""
+        rng = self.rng
+        maps = [m for m in item["maps"] if m.any()]
+        if not maps:
+            maps = [np.pad(np.ones((60, 60), np.uint8), 98)]
+        pieces = maps[rng.integers(len(maps))]
+        present = np.unique(pieces)
+        present = present[present > 0]
+        if rng.random() < 0.5:
+            piece = int(rng.choice(present))
+        else:
+            piece = int(pieces[rng.integers(SIZE), rng.integers(SIZE)])
+            if piece == 0 and rng.random() < 0.9:
+                return None
+        mask = pieces == piece
+        if piece and item["kind"] == "scene" and rng.random() < 0.6:
+            mask = Scene(item["image"], pieces, item["parents"].astype(int)).target(piece, True)
+        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+        best = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+        if count > 2 and rng.random() < 0.3:
+            best = int(rng.integers(1, count))
+        mask = parts == best
+        if item["kind"] != "scene" and rng.random() < 0.5:
+            outside = np.pad(mask.astype(np.uint8), 1)
+            cv2.floodFill(outside, np.zeros((SIZE + 4, SIZE + 4), np.uint8), (0, 0), 2)
+            mask = outside[1:-1, 1:-1] != 2
+        area = np.count_nonzero(mask)
+        return mask if 12 <= area <= 0.8 * mask.size else None
+
+    def _first_window(self) -> Window:
+        if self.rng.random() < 0.45:
+            return Window(0, 0, SIZE, SIZE)
+        return self._around(self.truth, np.exp(self.rng.uniform(np.log(1.25), np.log(5))))
+
+    def _around(self, mask: np.ndarray, scale: float) -> Window:
+        """A window of ``scale`` times the mask's box, at least 32 pixels wide, shifted by chance, within the image."""
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        ends = []
+        sides = [max(32, scale * (v[-1] - v[0] + 1)) for v in (rows, columns)]
+        mean = (sides[0] * sides[1]) ** 0.5
+        for values, side in zip((rows, columns), sides, strict=True):
+            side = int(min(SIZE, max(side, 0.75 * mean)))
+            low, high = values[-1] + 1 - side, values[0]
+            start = self.rng.integers(low, high + 1) if high >= low else (low + high) // 2
+            start = int(np.clip(0.5 * start + 0.5 * (low + high) / 2, 0, SIZE - side))
+            ends.append((start, start + side))
+        return Window(ends[0][0], ends[1][0], ends[0][1], ends[1][1])
+
+    def _first_prompt(self) -> None:
+        draw = self.rng.random()
+        inside = np.zeros_like(self.truth)
+        inside[self.window.slices] = self.truth[self.window.slices]
+        if not inside.any():
+            self.window = Window(0, 0, SIZE, SIZE)
+            inside = self.truth
+        if draw < 0.12:
+            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            slack = self.rng.integers(-2, 6, 4) if self.rng.random() < 0.6 else np.zeros(4, int)
+            self.box = (
+                max(0, int(rows[0] - slack[0])),
+                max(0, int(columns[0] - slack[1])),
+                min(SIZE, int(rows[-1] + 1 + slack[2])),
+                min(SIZE, int(columns[-1] + 1 + slack[3])),
+            )
+            if self.rng.random() < 0.6:
+                return
+        elif draw < 0.22:
+            self.last = spoil(self.truth, self.rng)
+            if self.last.any() and (self.last != self.truth).any():
+                self.correct()
+                return
+            self.last = None
+        elif draw < 0.34:
+            self._stroke(inside, 1)
+            if self.rng.random() < 0.6:
+                around = cv2.dilate(inside.astype(np.uint8), np.ones((25, 25), np.uint8)) > 0
+                outside = np.zeros_like(inside)
+                outside[self.window.slices] = (around & ~self.truth)[self.window.slices]
+                self._stroke(outside, 2)
+            return
+        self._click(inside, 1)
+
+    def _click(self, region: np.ndarray, kind: int) -> None:
+        depth = inner(region)
+        if self.rng.random() < 0.55:
+            y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        else:
+            places = np.argwhere(depth >= min(2.0, float(depth.max())))
+            y, x = places[self.rng.integers(len(places))]
+        self.mark(np.array([[y, x]]), kind)
+
+    def _stroke(self, region: np.ndarray, kind: int) -> None:
+        """A line drawn by a hurried hand: a walk that stays inside of a region."""
+        depth = inner(region)
+        places = np.argwhere(depth >= min(3.0, float(depth.max())))
+        if not len(places):
+            return
+        y, x = places[self.rng.integers(len(places))].astype(float)
+        heading, path = self.rng.uniform(0, 2 * np.pi), []
+        for _ in range(int(self.rng.integers(5, 90))):
+            path.append((round(y), round(x)))
+            for _ in range(6):
+                ny, nx = y + np.sin(heading), x + np.cos(heading)
+                if 0 <= round(ny) < SIZE and 0 <= round(nx) < SIZE and region[round(ny), round(nx)]:
+                    y, x = ny, nx
+                    heading += self.rng.normal(0, 0.25)
+                    break
+                heading += self.rng.normal(0, 1.2)
+        self.mark(np.array(path), kind)
+
+    def mark(self, places: np.ndarray, kind: int) -> None:
+        self.marks[places[:, 0], places[:, 1]] = kind
+        if self.readout is None:
+            return
+        side = self.readout.side
+        keep = np.linspace(0, len(places) - 1, min(4, len(places))).round().astype(int)
+        if self.maps is None:
+            self.maps = np.zeros((6, side * side), np.float32)
+            self.maps[4], self.maps[5] = self.readout.salience, self.readout.edges
+        for y, x in places[keep]:
+            near, alike = self.readout.relevance(int(y * side // SIZE) * side + int(x * side // SIZE))
+            np.maximum(self.maps[kind - 1], near, out=self.maps[kind - 1])
+            np.maximum(self.maps[kind + 1], alike, out=self.maps[kind + 1])
+
+    def attention(self) -> torch.Tensor | None:
+        if self.readout is None:
+            return None
+        if self.maps is None:
+            self.maps = np.zeros((6, self.readout.side**2), np.float32)
+            self.maps[4], self.maps[5] = self.readout.salience, self.readout.edges
+        return torch.from_numpy(self.maps.reshape(6, self.readout.side, self.readout.side))
+
+    def _turned(self, maps: torch.Tensor, back: bool = False) -> torch.Tensor:
+        if back:
+            maps = maps.flip(-1) if self.flip else maps
+            return torch.rot90(maps, -self.turn, (-2, -1))
+        maps = torch.rot90(maps, self.turn, (-2, -1))
+        return maps.flip(-1) if self.flip else maps
+
+    def input(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's input and the truth in its window, both turned by this episode's own symmetry."""
+        last = None if self.last is None else torch.from_numpy(self.last)
+        x = assemble(self.image, torch.from_numpy(self.marks), self.box, last, self.attention(), self.window)
+        part = torch.from_numpy(self.truth)[self.window.slices].float()
+        target = F.interpolate(part[None, None], (WINDOW, WINDOW), mode="bilinear", antialias=True)[0, 0] >= 0.5
+        return self._turned(x), self._turned(target)
+
+    def answer(self, logits: torch.Tensor) -> None:
+        """Keep an answer (WINDOW, WINDOW), and prompt again where it errs."""
+        logits = self._turned(logits, back=True)
+        w = self.window
+        part = F.interpolate(logits[None, None], (w.bottom - w.top, w.right - w.left), mode="bilinear")[0, 0] > 0
+        # Outside of the window nothing is known yet: the answer before holds, or nothing.
+        last = np.zeros_like(self.truth) if self.last is None else self.last.copy()
+        last[w.slices] = part.numpy()
+        self.last = last
+        self.correct()
+
+    def correct(self) -> None:
+        """A click or a stroke in the larger error (RITM's rule, or a random place of it)."""
+        if self.last is not None and self.rng.random() < 0.35:
+            both = self.last | self.truth
+            self.window = (
+                self._around(both, self.rng.uniform(1.2, 2.5)) if self.rng.random() < 0.7 else Window(0, 0, SIZE, SIZE)
+            )
+        missed, added = np.zeros_like(self.truth), np.zeros_like(self.truth)
+        s = self.window.slices
+        missed[s], added[s] = (self.truth & ~self.last)[s], (self.last & ~self.truth)[s]
+        depth = inner(missed).max(), inner(added).max()
+        if max(depth) == 0:
+            return
+        region, kind = (missed, 1) if depth[0] >= depth[1] else (added, 2)
+        if self.rng.random() < 0.12:
+            self._stroke(region, kind)
+        else:
+            self._click(region, kind)
+
+
+def losses(
+    logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, marks: torch.Tensor, first: bool
+) -> dict[str, torch.Tensor]:
+    """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU."""
+    t = target[:, None].float().expand_as(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    # Pixels at the edge decide the Dice of a nearly right mask.
+    edge = F.max_pool2d(t, 5, 1, 2) - (1 - F.max_pool2d(1 - t, 5, 1, 2))
+    bce = (bce * (1 + 2 * edge)).mean((2, 3))
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
+    each = bce + dice
+    share = 0.8 if first else 0.6
+    shape = share * each.amin(1) + (1 - share) * each.mean(1)
+    wanted = marks.amax(1, keepdim=True)
+    asked = F.binary_cross_entropy_with_logits(logits, marks[:, :1].expand_as(logits), reduction="none")
+    clear = wanted * (marks[:, :1] == t[:, :1]).float()
+    obey = (asked * clear).sum((1, 2, 3)) / (3 * clear.sum((1, 2, 3)) + 1)
+    with torch.no_grad():
+        hard = logits > 0
+        truth = target[:, None]
+        iou = (hard & truth).sum((2, 3)) / ((hard | truth).sum((2, 3)) + 1e-6)
+    guess = F.binary_cross_entropy_with_logits(quality, iou)
+    return {"shape": shape.mean(), "obey": obey.mean(), "quality": guess, "iou": iou}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=100,
+        help="of this call; the learning rate falls over the last fifth of --steps",
+    )
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    net = PromptHead().to(memory_format=torch.channels_last)
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
+    step, state = 0, args.work / "state.pt"
+    if state.is_file():
+        stored = torch.load(state, weights_only=True)
+        net.load_state_dict(stored["net"])
+        mean.load_state_dict(stored["mean"])
+        optimizer.load_state_dict(stored["optimizer"])
+        step = stored["step"]
+    rng = np.random.default_rng([11, step])
+    shards = Shards(args.shards)
+    start, log = time.monotonic(), {}
+
+    def save() -> None:
+        partial = state.with_suffix(".part")
+        torch.save(
+            {"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+            partial,
+        )
+        partial.rename(state)
+        weights = {k: v.contiguous() for k, v in mean.module.state_dict().items()}
+        save_file(weights, str(args.work / "head.part"))
+        (args.work / "head.part").rename(args.work / "head.safetensors")
+
+    def rate() -> float:
+        fall = min(1.0, (args.steps - step) / (0.25 * args.steps))
+        return args.rate * min(1.0, (step + 1) / 200) * max(0.02, fall)
+
+    while step < args.steps and time.monotonic() - start < 60 * args.minutes:
+        episodes = [
+            Episode(shards.items[rng.integers(len(shards.items))], np.random.default_rng(rng.integers(2**62)))
+            for _ in range(args.batch)
+        ]
+        for turn in range(TURNS):
+            seen = [e.input() for e in episodes]
+            x = torch.stack([s[0] for s in seen]).contiguous(memory_format=torch.channels_last)
+            target = torch.stack([s[1] for s in seen])
+            for group in optimizer.param_groups:
+                group["lr"] = rate()
+            logits, quality = net(x)
+            terms = losses(logits, quality, target, x[:, 3:5], turn == 0)
+            loss = terms["shape"] + 0.5 * terms["obey"] + 0.3 * terms["quality"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            mean.update_parameters(net)
+            step += 1
+            with torch.no_grad():
+                shown = quality.argmax(1)
+                got = terms["iou"].gather(1, shown[:, None]).mean()
+                facts = {
+                    "shape": terms["shape"],
+                    "obey": terms["obey"],
+                    "quality": terms["quality"],
+                    f"iou_{turn + 1}": got,
+                    f"best_{turn + 1}": terms["iou"].amax(1).mean(),
+                }
+                for name, value in facts.items():
+                    log.setdefault(name, []).append(float(value))
+            if turn < TURNS - 1:
+                for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
+                    episode.answer(given[k])
+        if step % 100 == 0:
+            line = {
+                "step": step,
+                "seconds": round(time.monotonic() - start),
+                "scenes": len(shards.items),
+                "rate": round(rate(), 6),
+            }
+            line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
+            log.clear()
+            print(json.dumps(line), flush=True)
+            with open(args.work / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            shards.refresh()
+        if step % 500 == 0:
+            save()
+    save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

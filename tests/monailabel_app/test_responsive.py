@@ -1,0 +1,122 @@
+"""Requests run outside the event loop; queued jobs of clients that left are dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("monailabel")
+
+
+from lib.mends.responsive import OffLoop, stop_if_abandoned
+
+
+class Application:
+    """ASGI application whose jobs block their thread, as MONAI Label's do."""
+
+    def __init__(self):
+        self.started: list[str] = []
+        self.abandoned = threading.Event()
+        self.seconds = 0.6
+
+    async def __call__(self, scope, receive, send) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        name = scope["path"].rsplit("/", 1)[-1]
+        self.started.append(name)
+        try:
+            deadline = time.monotonic() + (self.seconds if scope["path"].startswith("/infer/") else 0)
+            while time.monotonic() < deadline:
+                stop_if_abandoned()
+                time.sleep(0.01)
+        except Exception:
+            self.abandoned.set()
+            raise
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body[::-1]})
+
+
+async def ask(app, path: str, body: bytes = b"", leave_after: float | None = None) -> bytes | None:
+    """One request; the answer's body, or None when the client left before there was one."""
+    answer = []
+    chunks = [body[i : i + 1000] for i in range(0, len(body), 1000)] or [b""]
+    sent = iter([{"type": "http.request", "body": c, "more_body": i < len(chunks) - 1} for i, c in enumerate(chunks)])
+
+    async def receive():
+        message = next(sent, None)
+        if message is None:
+            await asyncio.sleep(leave_after if leave_after is not None else 60)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message):
+        answer.append(message)
+
+    scope = {"type": "http", "path": path, "query_string": b"", "method": "POST", "headers": []}
+    await app(scope, receive, send)
+    return b"".join(m.get("body", b"") for m in answer) if answer else None
+
+
+def test_a_request_reaches_the_application_whole_and_so_does_the_answer():
+    body = bytes(range(256)) * 20000  # more than a chunk
+    assert asyncio.run(ask(OffLoop(Application()), "/session/", body)) == body[::-1]
+    assert asyncio.run(ask(OffLoop(Application()), "/infer/x", body)) == body[::-1]
+
+
+def test_files_are_sent_whole(tmp_path):
+    """Starlette's FileResponse listens for the client's leaving while it sends."""
+    from starlette.responses import FileResponse
+
+    (tmp_path / "mask").write_bytes(bytes(range(256)) * 5000)
+    for path in ("/datastore/image", "/infer/x"):
+        answer = asyncio.run(asyncio.wait_for(ask(OffLoop(FileResponse(tmp_path / "mask")), path), 10))
+        assert answer == (tmp_path / "mask").read_bytes()
+
+
+def test_others_are_answered_while_a_job_runs():
+    async def story():
+        app = OffLoop(Application())
+        job = asyncio.ensure_future(ask(app, "/infer/long"))
+        await asyncio.sleep(0.1)
+        waits = []
+        for _ in range(5):
+            start = time.perf_counter()
+            await ask(app, "/info/")
+            waits.append(time.perf_counter() - start)
+        assert not job.done()
+        await job
+        return max(waits)
+
+    assert asyncio.run(story()) < 0.3
+
+
+def test_jobs_wait_for_each_other_and_those_of_clients_that_left_never_run():
+    inner = Application()
+
+    async def story():
+        app = OffLoop(inner, jobs=1)
+        first = asyncio.ensure_future(ask(app, "/infer/first"))
+        await asyncio.sleep(0.1)
+        gone = asyncio.ensure_future(ask(app, "/infer/gone", leave_after=0.1))
+        await asyncio.sleep(0.05)
+        last = asyncio.ensure_future(ask(app, "/infer/last"))
+        assert await gone is None and not first.done()  # its place is free while the first still runs
+        assert await first == b"" and await last == b""
+
+    asyncio.run(story())
+    assert inner.started == ["first", "last"]
+
+
+def test_a_running_job_is_told_that_its_client_left():
+    inner = Application()
+    inner.seconds = 30
+    start = time.perf_counter()
+    assert asyncio.run(ask(OffLoop(inner), "/infer/x", leave_after=0.2)) is None
+    assert inner.abandoned.wait(2) and time.perf_counter() - start < 5

@@ -1,0 +1,291 @@
+"""The app's own parts: options, labels, names, caches, DICOM SEG; no server."""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+from fastapi import HTTPException
+from scipy import ndimage
+
+pytest.importorskip("monailabel")
+
+from lib.datastore import FolderDatastore, write_twin
+from lib.engine import Engine
+from lib.infers.base import keep_largest, pick, write
+from lib.infers.tumor import Tumor
+from lib.memory import ByteLimitedCache, bytes_of
+from lib.mends import dicom_seg, errors
+from lib.sources import source_of
+from phantom_studies import OBJECT, phantom, write_series
+from zeroseg.attention import AttentionSegmentationInferer, Segmentation
+from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.io import find_cases, read_image
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "picked"),
+    [
+        (["a", "b"], ["a", "b"], "a"),  # nothing was chosen: the list comes back as it is
+        ("b", ["a", "b"], "b"),
+        (["b"], ["a", "b"], "b"),
+        ("false", True, False),
+        (True, False, True),
+        ("7", 16, 7),
+        (2, 2.0, 2.0),
+        ("2.5", 2.0, 2.5),
+        ("liver", "", "liver"),
+    ],
+)
+def test_an_option_has_the_kind_of_its_default(value, default, picked):
+    result = pick("option", value, default)
+    assert result == picked and type(result) is type(picked)
+
+
+@pytest.mark.parametrize(
+    ("value", "default"),
+    [("c", ["a", "b"]), ("maybe", True), ("x", 1), ("nan", 1.0), (None, 1), ([1], 1.0), (5, "text"), ({}, ["a"])],
+)
+def test_an_option_that_does_not_fit_is_refused_by_name(value, default):
+    with pytest.raises(ZeroSegError, match=r"^option must be"):
+        pick("option", value, default)
+
+
+def test_the_largest_labels_are_kept_and_numbered_without_a_gap():
+    labels = np.repeat(np.array([0, 1, 2, 5, 7], np.uint8), [9, 3, 1, 6, 4])
+    assert keep_largest(labels, 3) == 1
+    assert labels.tolist() == [0] * 9 + [1] * 3 + [0] + [2] * 6 + [3] * 4
+    assert keep_largest(np.zeros((3, 3), np.uint8), 3) == 0
+
+
+def test_the_cache_forgets_the_least_recently_used_and_keeps_its_limit():
+    cache: ByteLimitedCache[bytes] = ByteLimitedCache(10, len)
+    cache.put("a", b"1234")
+    cache.put("b", b"1234")
+    assert cache.get("a") == b"1234"
+    cache.put("c", b"1234")  # b is the oldest now
+    assert cache.get("b") is None and cache.get("a") is not None and cache.used == 8
+    cache.put("a", b"12345")
+    assert cache.used == 9
+    cache.put("d", b"12345678901")  # larger than the limit
+    assert cache.get("d") is None and len(cache) == 2
+
+
+def test_a_second_prompt_needs_no_second_pass_and_changes_nothing(tiny_backbone, disc, monkeypatch):
+    passes = []
+    read = type(tiny_backbone).read
+    monkeypatch.setattr(type(tiny_backbone), "read", lambda *a, **k: passes.append(1) or read(*a, **k))
+    image = torch.from_numpy(disc[0])
+    inferer = Engine(tiny_backbone).inferer
+    first = inferer.segment(image, points=[[40, 52]])
+    again = inferer.segment(image, points=[[40, 52]])
+    inferer.replace(refine="none").segment(image, "auto")
+    few = [inferer.replace(max_segments=n).segment(image, "segments").labels.max() for n in (16, 2, 16)]
+    assert few[0] == few[2] > few[1] and len(passes) == 1
+    assert "encode" in first.seconds and "encode" not in again.seconds
+    plain = AttentionSegmentationInferer(tiny_backbone).segment(image, points=[[40, 52]])
+    for result in (first, again):
+        np.testing.assert_array_equal(result.labels, plain.labels)
+    inferer.replace(timestep=100).segment(image, points=[[40, 52]])
+    inferer.segment(image + 0.01, points=[[40, 52]])
+    assert len(passes) == 4  # another setting; another image; and the plain inferer
+
+
+def test_clicks_are_answered_when_the_attention_had_to_go(tiny_backbone, disc, monkeypatch):
+    image = torch.from_numpy(disc[0])
+    inferer = Engine(tiny_backbone).inferer
+    whole = {
+        rule: inferer.segment(image, rule, **p) for rule, p in (("points", {"points": [[40, 52]]}), ("segments", {}))
+    }
+    inferer.encodings = ByteLimitedCache(0, bytes_of)
+    passes = []
+    read = type(tiny_backbone).read
+    monkeypatch.setattr(type(tiny_backbone), "read", lambda *a, **k: passes.append(1) or read(*a, **k))
+    np.testing.assert_array_equal(inferer.segment(image, points=[[40, 52]]).labels, whole["points"].labels)
+    assert not passes
+    np.testing.assert_array_equal(inferer.segment(image, "segments").labels, whole["segments"].labels)
+    assert len(passes) == 1
+
+
+def volume_file(folder: Path, name: str, scale: float = 1, spacing: float = 3) -> Path:
+    """A smooth random volume, 24 voxels a side."""
+    values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((24, 24, 24)), 2)
+    path = folder / f"{name}.nii.gz"
+    nib.save(nib.Nifti1Image((values * 1000 * scale).astype(np.float32), np.diag([spacing] * 3 + [1])), path)
+    return path
+
+
+def test_a_volume_is_encoded_once_for_all_words(tiny_backbone, tiny_tumor_model, tmp_path, monkeypatch):
+    from zeroseg.backbones.maisi import MaisiBackbone
+    from zeroseg.backbones.text_encoder import TextEncoder
+    from zeroseg.tumor import TumorSegmentationInferer
+
+    engine = Engine(tiny_backbone)
+    parts = MaisiBackbone(tiny_tumor_model, device="cpu"), TextEncoder(tiny_tumor_model / "text", device="cpu")
+    inferer = TumorSegmentationInferer(*parts, tiny_tumor_model, steps=2)
+    config = {"organ": "liver", "text": "", "modality": ["auto", "ct", "mr", "pet"]}
+    task = Tumor(engine, inferer, type="segmentation", labels={"tumor": 1}, description="", config=config)
+    passes, encode = [], inferer.encode
+    monkeypatch.setattr(inferer, "encode", lambda *a: passes.append(1) or encode(*a))
+
+    def ask(name: str, text: str = "liver tumour", modality: str = "ct", **file) -> Segmentation:
+        options = task.options({"text": text, "modality": modality})
+        return task.segment(engine.open(str(volume_file(tmp_path, name, **file))), options)
+
+    first, again, other = ask("a"), ask("a"), ask("same content, another file", text="hepatic metastasis")
+    assert len(passes) == 1
+    assert "encode" in first.seconds and "encode" not in again.seconds and "encode" not in other.seconds
+    np.testing.assert_array_equal(again.confidence, first.confidence)
+    assert other.details["tumor"] == "hepatic metastasis"
+    assert 0 < task.encodings.used < task.encodings.limit
+    ask("a", modality="mr")
+    ask("b", scale=2)
+    ask("c", spacing=2)
+    assert len(passes) == 4 and len(task.encodings) == 4
+    task.encodings = ByteLimitedCache(0, lambda encoded: 1)
+    np.testing.assert_array_equal(ask("d", scale=3).confidence, ask("d", scale=3).confidence)
+    assert len(passes) == 6, "what is larger than the memory is encoded again"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "a\\b", "a\0b", "a\nb", "x" * 256])
+def test_a_name_is_no_path(name):
+    assert not errors.is_name(name)
+
+
+def test_queries_and_paths_are_searched_for_paths():
+    errors.check_names("/infer/points", "image=1.2.840.1&output=image")
+    errors.check_names("/proxy/dicom/qido/studies/1.2/series", "")
+    for path, query in (
+        ("/infer/points", "image=../../etc"),
+        ("/infer/points", "image=..%2f..%2fetc"),
+        ("/session/../etc", ""),
+        ("/datastore/label", "label=a&tag=..%2fx"),
+        ("/infer/points", "image=%252e%252e%252fetc"),
+    ):
+        with pytest.raises(errors.Refused, match="no valid name"):
+            errors.check_names(path, query)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ZeroSegError("bad"), 422),
+        (WeightsError("missing"), 503),
+        (MemoryError(), 503),
+        (torch.OutOfMemoryError("CUDA out of memory"), 503),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 503),
+        (errors.NotFound("gone"), 404),
+        (HTTPException(500, "wrong request"), 422),
+        (HTTPException(401, "who are you"), 401),
+        (FileNotFoundError(2, "No such file"), 503),
+        (RuntimeError("bug"), 500),
+        (errors.InternalError("bug"), 500),
+    ],
+)
+def test_every_failure_has_a_status_and_a_reason(error, status):
+    got, detail = errors.status_and_detail(error)
+    assert got == status and len(str(detail)) > 2
+
+
+def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path):
+    write_series(tmp_path / "ct series", phantom())
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no image")
+    store = FolderDatastore(str(tmp_path), auto_reload=False)
+    assert store.list_images() == ["ct series"]
+    twin = store.get_image_uri("ct series")
+    assert source_of(tmp_path / ".converted" / "ct series.nii.gz") == tmp_path / "ct series"
+    image = read_image(find_cases(tmp_path / "ct series")[0])
+    nifti = nib.load(twin)
+    np.testing.assert_allclose(nifti.affine, image.affine, atol=1e-4)
+    np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
+
+
+def test_monai_labels_own_conversion_has_the_voxel_order_of_our_reader(tmp_path):
+    """A click in 3D Slicer is an index of MONAI Label's NIfTI; the mask is made from the DICOM files."""
+    from monailabel.datastore.utils.convert import dicom_to_nifti
+
+    write_series(tmp_path / "series", phantom())
+    image = read_image(find_cases(tmp_path / "series")[0])
+    nifti = nib.load(dicom_to_nifti(str(tmp_path / "series")))
+    np.testing.assert_allclose(nifti.affine, image.affine, atol=1e-3)
+    np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
+
+
+@pytest.mark.parametrize("extension", [".nrrd", ".nii.gz", ".nii"])
+def test_a_mask_written_is_on_the_grid_of_its_image(tmp_path, extension):
+    affine = np.array([[-1.2, 0.4, 0.1, 10], [0.3, 1.4, -0.2, -20], [0.05, 0.2, 2.9, 30], [0, 0, 0, 1.0]])
+    u, _, v = np.linalg.svd(affine[:3, :3])
+    affine[:3, :3] = (u @ v) @ np.diag([1.2, 1.4, 2.9])  # oblique, no shear
+    nib.save(nib.Nifti1Image(phantom().astype(np.int16), affine), tmp_path / "a.nii.gz")
+    image = read_image(find_cases(tmp_path / "a.nii.gz")[0])
+    labels = np.zeros(image.shape, np.uint8)
+    labels[OBJECT] = 3
+    path = write(image, labels, extension, "uint8")
+    mask = read_image(find_cases(path)[0])
+    np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(mask.array[0], labels)
+    np.testing.assert_array_equal(dicom_seg.on_grid(mask, image), labels)
+
+
+def test_dicom_seg_takes_names_and_grid_and_refuses_an_empty_mask(tmp_path):
+    write_series(tmp_path / "series", phantom())
+    image = read_image(find_cases(tmp_path / "series")[0])
+    labels = np.zeros(image.shape, np.uint8)
+    labels[OBJECT] = 2
+    flipped = np.ascontiguousarray(labels[::-1])
+    affine = image.affine @ np.array([[-1, 0, 0, image.shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    nib.save(nib.Nifti1Image(flipped, affine), tmp_path / "mask.nii.gz")  # the same mask on a mirrored grid
+    written = dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "mask.nii.gz"), [{"name": "lesion", "idx": 2}])
+    seg = pydicom.dcmread(written)
+    assert [s.SegmentLabel for s in seg.SegmentSequence] == ["lesion"]
+    algorithm = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
+    assert algorithm.AlgorithmName == "ZeroSeg" and algorithm.AlgorithmVersion
+    shown = np.zeros(image.shape, np.uint8)
+    uids = {pydicom.dcmread(p, stop_before_pixels=True).SOPInstanceUID: k for k, p in enumerate(image.source)}
+    for frame, groups in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        uid = groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        shown[:, :, uids[uid]] = frame.T
+    np.testing.assert_array_equal(shown, labels > 0)
+    nib.save(nib.Nifti1Image(np.zeros_like(labels), image.affine), tmp_path / "none.nii.gz")
+    with pytest.raises(ZeroSegError, match="empty"):
+        dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "none.nii.gz"), [])
+    assert dicom_seg.names([3, 5], [{"name": "a"}, {"name": "b"}]) == {3: "a", 5: "b"}
+
+
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        ({"select": "segments"}, "AUTOMATIC"),
+        ({"select": "tumor"}, "AUTOMATIC"),
+        ({"select": "points"}, "SEMIAUTOMATIC"),
+        ({"select": "text"}, "SEMIAUTOMATIC"),
+        ({"select": ["segments"]}, "SEMIAUTOMATIC"),  # a client may save a label with params of its own
+        (None, "SEMIAUTOMATIC"),  # saved by a person
+    ],
+)
+def test_dicom_seg_says_whether_a_person_took_part(tmp_path, params, kind):
+    write_series(tmp_path / "series", phantom())
+    image = read_image(find_cases(tmp_path / "series")[0])
+    labels = np.zeros(image.shape, np.uint8)
+    labels[OBJECT] = 1
+    nib.save(nib.Nifti1Image(labels, image.affine), tmp_path / "mask.nii.gz")
+
+    def answer():
+        dicom_seg.remember(params)
+        return dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "mask.nii.gz"))
+
+    seg = pydicom.dcmread(copy_context().run(answer))
+    assert [s.SegmentAlgorithmType for s in seg.SegmentSequence] == [kind]
+
+
+def test_a_folder_of_several_series_is_refused_by_name(tmp_path):
+    write_series(tmp_path / "mixed" / "a", phantom())
+    write_series(tmp_path / "mixed" / "b", phantom())
+    with pytest.raises(ZeroSegError, match="holds 2 images"):
+        write_twin(tmp_path / "mixed", tmp_path / "x.nii.gz")

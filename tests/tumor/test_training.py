@@ -1,0 +1,240 @@
+"""Training of the embedded 3-D model: adapters by the bundle's config, backbone by its script, each in a few steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+import train_tumor_backbone
+from phantoms3d import HELD_OUT, write_volumes
+from tumor_model import save_tiny_model
+from zeroseg.backbones.maisi import MaisiBackbone
+from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.backbones.weights import MODELS, verify_sums
+from zeroseg.errors import ZeroSegError
+from zeroseg.tumor import AovaAdapters, TumorSegmentationInferer
+from zeroseg.tumor.adapters import ROLES
+from zeroseg.tumor.aova import load_adapters
+from zeroseg.tumor.prompts import ORGANS
+from zeroseg.tumor.training import (
+    AdapterTrainer,
+    Questions,
+    Sampling,
+    Schedule,
+    TrainingCase,
+    cropped,
+    gather_cases,
+    read_cases,
+    refuse_held_out,
+    volume_terms,
+)
+
+CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Six phantoms, and the same volumes again as a folder of "real" MR without facts."""
+    root = tmp_path_factory.mktemp("material")
+    write_volumes(root / "phantoms", 6, first_seed=20, largest=24)
+    write_volumes(root / "mr", 2, first_seed=60, largest=24, lesion=True, modality="mr", scene="limb")
+    (root / "mr" / "cases.json").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None):
+    real = [{"folder": material / "mr", "organ": "limb", "modality": "mr"}]
+    return AdapterTrainer(
+        MaisiBackbone(model, device="cpu"),
+        TextEncoder(model / "text", device="cpu"),
+        gather_cases(material / "phantoms", real, leave_out=leave_out),
+        out=out,
+        work=out / "work",
+        schedule=Schedule(steps=steps, volume_steps=volume_steps, volumes=2, batch=1, save_every=2),
+        sampling=Sampling(voxels=64, variants=2, crop=16),
+        adapters={"hidden": 2, "context": [[], [3], [3]]},
+        initial=initial,
+        fusion_volumes=0,
+    )
+
+
+def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(model, out)
+    parser = ConfigParser()
+    parser.read_config(CONFIG)
+    real = [{"folder": str(material / "mr"), "organ": "limb", "modality": "mr"}]
+    parser.update(
+        {"phantoms": str(material / "phantoms"), "real": real, "out": str(out), "work": str(tmp_path / "work")}
+    )
+    parser.update(
+        {"backbone": str(model), "text_encoder": str(model / "text"), "device": "cpu", "steps": 3, "crop": 16}
+    )
+    parser.update({"variants": 1, "fusion_volumes": 2, "volume_steps": 1, "dtype": "fp32", "initial": str(model)})
+    parser.get_parsed_content("run")
+    verify_sums(out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["fusion"] and set(config["fusion"]) <= {"ct", "mr", "pet"}
+    assert all(set(weights) >= {"aova", "aova+feature+pixel"} for weights in config["fusion"].values())
+    record = json.loads((out / "training.json").read_text())["adapters"]
+    assert record["steps"] == {"voxels": 3, "volumes": 1} and record["phantoms"] == 6 and len(record["real"]) == 2
+    assert record["held_out"]["kinds"] == list(HELD_OUT)
+    inferer = TumorSegmentationInferer(MaisiBackbone(out, device="cpu"), TextEncoder(out / "text"), out, steps=2)
+    volume = torch.rand(1, 20, 20, 20) * 400
+    assert inferer.segment(volume, np.diag([3, 3, 3, 1]), "mr", "limb").labels.shape == (20, 20, 20)
+
+
+def test_steps_change_the_adapters_and_a_seed_fixes_them(model, material, tmp_path):
+    runs = [trainer(model, material, tmp_path / name) for name in ("a", "b")]
+    before = {k: v.clone() for k, v in runs[0].adapters.state_dict().items()}
+    for run in runs:
+        run.run()
+    first, second = (run.adapters.state_dict() for run in runs)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    changed = {k for k in first if not torch.equal(first[k], before[k])}
+    assert {"log_temperature", "bias", "stages.0.center", "stages.2.adapt.0.weight"} <= changed
+
+
+def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
+    whole = trainer(model, material, tmp_path / "whole")
+    whole.run()
+
+    class Stop(Exception):
+        pass
+
+    part = trainer(model, material, tmp_path / "part")
+    terms = part._voxel_step
+    calls = []
+
+    def stop_in_the_third_step(*arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise Stop
+        return terms(*arguments)
+
+    part._voxel_step = stop_in_the_third_step
+    with pytest.raises(Stop):
+        part.run()
+    again = trainer(model, material, tmp_path / "part")
+    again.run()
+    expected = whole.adapters.state_dict()
+    assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in again.adapters.state_dict().items())
+
+
+def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):
+    run = trainer(model, material, tmp_path, leave_out=[1, 2], steps=1, volume_steps=1)
+    (left,) = run.sets.left_out
+    assert left not in run.sets.cases and left not in run.sets.fusion
+    record = run.run()
+    assert left.stem not in record["adapters"]["real"] and left.stem not in record["fusion"]["real"]
+    assert record["fusion"]["left_out_dice"].keys() == {left.stem}
+    assert 0 <= record["fusion"]["left_out_dice"][left.stem] <= 1
+
+
+def test_training_starts_from_given_adapters(model, material, tmp_path):
+    run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=0)
+    run.run()
+    assert load_adapters(tmp_path).options == load_adapters(model).options
+    assert torch.allclose(load_adapters(tmp_path).bias, load_adapters(model).bias, atol=1e-2)
+
+
+@pytest.mark.parametrize("what", ["kinds", "modalities", "folders"])
+def test_what_is_held_out_is_refused(material, what, tmp_path):
+    write_volumes(tmp_path / "unseen", 1, kinds=HELD_OUT, lesion=True, largest=24)
+    cases = {
+        "kinds": read_cases(tmp_path / "unseen"),
+        "modalities": read_cases(material / "mr", "limb", "ct"),
+        "folders": read_cases(material / "mr", "limb", "mr"),
+    }[what]
+    refuse_held_out(read_cases(material / "phantoms"), {"kinds": HELD_OUT, "modalities": ["ct"], "folders": ["mr"]})
+    with pytest.raises(ZeroSegError, match=r"held-out|held out"):
+        refuse_held_out(cases, {what: {"kinds": HELD_OUT, "modalities": ["ct"], "folders": ["mr"]}[what]})
+
+
+def test_folders_that_cannot_be_used_are_refused(material, tmp_path):
+    with pytest.raises(ZeroSegError, match="no images"):
+        read_cases(tmp_path)
+    with pytest.raises(ZeroSegError, match="give organ and modality"):
+        read_cases(material / "mr")
+    (tmp_path / "images").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "images" / "a.nii.gz")
+    with pytest.raises(ZeroSegError, match=r"masks/a.nii.gz is missing"):
+        read_cases(tmp_path, "limb", "mr")
+
+
+def test_questions_that_do_not_fit_are_marked(model, tmp_path):
+    questions = Questions(TextEncoder(model / "text", device="cpu"))
+    case = TrainingCase(tmp_path / "x.nii.gz", tmp_path / "x.nii.gz", "liver", "ct")
+    drawn = [questions.draw(np.random.default_rng(i), case) for i in range(300)]
+    fitting = [(organ, tumor) for organ, tumor, fits in drawn if fits]
+    assert 0.5 < len(fitting) / len(drawn) < 0.8
+    assert {organ for organ, _ in fitting} == {"liver", "body"}
+    others = {organ for organ, tumor, fits in drawn if not fits and organ in ORGANS and tumor in ORGANS[organ]}
+    assert {"brain", "lung", "limb"} <= others and not others & {"liver", "kidney", "abdomen", "body"}
+    nonsense = [tumor for organ, tumor, fits in drawn if not fits and tumor not in ORGANS.get(organ, ())]
+    assert nonsense and all(questions.encoder.unknown_words(tumor) == tumor.split() for tumor in nonsense)
+
+
+def test_losses_reward_the_right_answer():
+    torch.manual_seed(0)
+    adapters = AovaAdapters((4, 4, 4), 8, context=((), (), ()))
+    features = [torch.randn(1, 4, 8 // 2**level, 8 // 2**level, 8 // 2**level) for level in range(3)]
+    prompts = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    output = adapters(features, prompts, ROLES)
+    target = torch.zeros(8, 8, 8, dtype=torch.bool)
+    target[2:5, 2:5, 2:5] = True
+    output.margin = torch.where(target, 8.0, -8.0)
+    output.image_logit = torch.tensor(8.0)
+    right = volume_terms(output, prompts, ROLES, target)
+    absent = volume_terms(output, prompts, ROLES, torch.zeros_like(target))
+    output.margin = -output.margin
+    wrong = volume_terms(output, prompts, ROLES, target)
+    assert right["dice"] < 0.05 < 0.9 < wrong["dice"] and right["voxel"] < 0.01 < wrong["voxel"]
+    assert right["image"] < 0.01 < absent["image"] and absent["dice"] == 0
+    output.pooled = prompts.clone()
+    aligned = volume_terms(output, prompts, ROLES, target)["align"]
+    output.pooled = prompts.roll(1, 0)
+    assert aligned < volume_terms(output, prompts, ROLES, target)["align"]
+
+
+def test_a_crop_holds_some_of_the_lesion():
+    volume = torch.arange(40.0**3).reshape(1, 1, 40, 40, 40)
+    target = torch.zeros(40, 40, 40, dtype=torch.bool)
+    target[36:39, 1:3, 20:24] = True
+    for seed in range(10):
+        piece, part = cropped(volume, target, np.random.default_rng(seed), 16)
+        assert piece.shape == (1, 1, 16, 16, 16) and part.shape == (16, 16, 16) and part.any()
+        assert set(piece[0, 0][part].tolist()) <= set(volume[0, 0][target].tolist())
+
+
+def test_the_backbone_script_trains_resumes_and_exports(material, tmp_path):
+    real = f"mr={material / 'mr' / 'images'}"
+    arguments = ["--real", real, "--phantoms", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    arguments += ["--vae-steps", "1", "--vae-side", "16", "--text-steps", "2", "--device", "cpu", "--unet-batch", "1"]
+    arguments += ["--decoder-steps", "1", "--decoder-side", "16"]
+    train_tumor_backbone.main([*arguments, "--unet-steps", "0"])
+    train_tumor_backbone.main([*arguments, "--unet-steps", "1"])
+    verify_sums(tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())["backbone"]
+    assert summary["steps"] == {"vae": 1, "text": 2, "unet": 1, "decoder": 1} and summary["volumes"] == {
+        "phantoms": 4,
+        "real": 2,
+    }
+    assert len(summary["commands"]) == 2 and all("mr=FOLDER" in c and str(tmp_path) not in c.split("--work")[0] for c in summary["commands"])  # fmt: skip
+    backbone = MaisiBackbone(tmp_path / "out", device="cpu").load()
+    assert backbone.scale_factor != 1 and backbone.encode(torch.rand(1, 1, 16, 16, 16)).shape == (1, 4, 4, 4, 4)
+    encoder = TextEncoder(tmp_path / "out" / "text", device="cpu")
+    assert encoder.unknown_words("glorp liver tumour") == ["glorp"]
+    with pytest.raises(SystemExit, match="holds NIfTI"):
+        train_tumor_backbone.main([*arguments, "--real", f"mr={tmp_path}"])
