@@ -2,11 +2,12 @@
 """Measure what a segmentation costs beyond the frozen backbone's own forward pass: seconds per stage, and memory.
 
     python scripts/benchmark.py                        Stable Diffusion 1.5's shape with random weights, 512 px
+    python scripts/benchmark.py --shape xl             the shape of XL at 1024 px (2.1: 768 px)
     python scripts/benchmark.py --backbone embedded    the weights of the bundle, at their own size
     python scripts/benchmark.py --json figures.json --reference
 
-Nothing is downloaded: without --backbone the networks are built from Stable Diffusion 1.5's configuration (UNet 860 M,
-VAE 84 M, text encoder 123 M parameters). Their time does not depend on the weights; the merging thresholds are found per
+Nothing is downloaded: without --backbone the networks are built from Stable Diffusion's configuration (1.5: UNet 860 M, VAE
+84 M, text encoder 123 M parameters; XL: UNet 2.6 B, 14 GB in float32 with its text encoders). Their time does not depend on the weights; the merging thresholds are found per
 image, so that random attention, too, is merged into several segments. Their number is in the table.
 
 Every stage is timed --repeat times after one warm-up round, all stages in turn in every round; medians are reported:
@@ -69,57 +70,98 @@ from zeroseg.places import MODELS
 MB = 1e6
 
 
+SHAPES = {
+    "1.5": {
+        "unet": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
+        "text": [{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}],
+    },
+    "2.1": {
+        "unet": {
+            "sample_size": 96,
+            "attention_head_dim": (5, 10, 20, 20),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        "text": [{"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16}],
+    },
+    "xl": {
+        "unet": {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+        },
+        "text": [
+            {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+            {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280},
+        ],
+    },
+}
+"""What differs between the published models, of the arguments of their networks."""
+TINY = {
+    "unet": {"sample_size": 16, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32},
+    "text": [{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}],
+}
+"""What replaces that of 1.5, to test the program."""
+
+
 class RandomStableDiffusion(StableDiffusionBackbone):
-    """A backbone of Stable Diffusion 1.5's shape with random weights, built in memory from its configuration.
+    """A backbone of a published model's shape with random weights, built in memory from its configuration.
 
     Args:
-        tiny: the same shape with few channels and a 16 x 16 latent grid, to test the program.
+        tiny: the shape of 1.5 with few channels and a 16 x 16 latent grid, to test the program.
         device: auto, cpu, cuda[:i] or mps.
         dtype: fp32, bf16 or fp16.
+        shape: a key of ``SHAPES``.
     """
 
-    def __init__(self, tiny: bool = False, device: str = "auto", dtype: str = "fp32"):
+    def __init__(self, tiny: bool = False, device: str = "auto", dtype: str = "fp32", shape: str = "1.5"):
         super().__init__("random", device=device, dtype=dtype)
-        self.tiny = tiny
+        self.tiny, self.shape = tiny, shape
 
     def _load(self) -> None:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         self.device, self.dtype = pick_device(self._device_name), DTYPES[self._dtype_name]
-        widths, width, layers = ((32, 64, 64, 64), 32, 1) if self.tiny else ((320, 640, 1280, 1280), 768, 12)
-        vae_widths = (16, 16, 32, 32) if self.tiny else (128, 256, 512, 512)
+        shape = SHAPES[self.shape]
+        unet = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, **shape["unet"]}
+        texts = TINY["text"] if self.tiny else shape["text"]
+        unet |= TINY["unet"] if self.tiny else {}
+
+        def placed(network: torch.nn.Module) -> torch.nn.Module:
+            return network.to(self.device, self.dtype).eval().requires_grad_(False)
+
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=16 if self.tiny else 64,
-            block_out_channels=widths,
-            layers_per_block=2,
-            attention_head_dim=8,
-            cross_attention_dim=width,
+        self.unet = placed(UNet2DConditionModel(**unet))
+        self.vae = placed(
+            AutoencoderKL(
+                block_out_channels=(16, 16, 32, 32) if self.tiny else (128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=4,
+                norm_num_groups=16 if self.tiny else 32,
+                sample_size=8 * unet["sample_size"],
+            )
         )
-        vae = AutoencoderKL(
-            block_out_channels=vae_widths,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=16 if self.tiny else 32,
-            sample_size=128 if self.tiny else 512,
-        )
-        text = CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 16 if self.tiny else 12,
-            max_position_embeddings=77,
-        )
-        networks = [net.to(self.device).eval().requires_grad_(False) for net in (vae, unet, CLIPTextModel(text))]
-        if self.dtype != torch.float32:
-            networks = [net.to(self.dtype) for net in networks]
-        self.vae, self.unet, self.text_encoder = networks
-        self.tokenizer = CLIPTokenizer.from_pretrained(MODELS / "attention" / "tokenizer", model_max_length=77)
-        self.schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        common = {"vocab_size": 49408, "max_position_embeddings": 77}
+        configs = [CLIPTextConfig(**common, **text, intermediate_size=4 * text["hidden_size"]) for text in texts]
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        self.text_encoders = [placed(kind(config)) for kind, config in zip(kinds, configs, strict=False)]
+        tokenizer = CLIPTokenizer.from_pretrained(MODELS / "attention" / "tokenizer", model_max_length=77)
+        self.tokenizers, self._empty_is_zero = [tokenizer] * len(self.text_encoders), len(self.text_encoders) == 2
+        prediction = "v_prediction" if self.shape == "2.1" else "epsilon"
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        self.schedule = DDPMScheduler(**betas, prediction_type=prediction)
         self.alphas = self.schedule.alphas_cumprod.to(self.device, torch.float32)
         self.name, self.weights, self.fingerprint = "random", {}, "random"
 
@@ -343,10 +385,13 @@ def machine_context(device: torch.device, dtype: str) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", help="embedded, a folder, or a hub id; default: Stable Diffusion 1.5's shape")
+    parser.add_argument("--backbone", help="embedded, a folder, or a hub id; default: random weights")
     parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.5", help="without --backbone: whose (default 1.5)")
     parser.add_argument("--tiny", action="store_true", help="the same shape with few channels, to test the program")
-    parser.add_argument("--size", type=int, help="side in pixels (default: the backbone's own; 512 for SD 1.5)")
+    parser.add_argument(
+        "--size", type=int, help="side in pixels (default: the backbone's own; 512, 768 and 1024 by shape)"
+    )
     parser.add_argument("--select", choices=["segments", "auto"], default="segments", help="the mask's rule")
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds after the warm-up (default 3)")
     parser.add_argument("--reference", action="store_true", help="also time a broadcasting transcription of the merge")
@@ -360,15 +405,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.backbone:
             backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device, args.dtype)
         else:
-            print("random weights in the shape of Stable Diffusion 1.5, nothing is downloaded: building")
-            backbone = RandomStableDiffusion(args.tiny, args.device, args.dtype)
+            print(f"random weights in the shape of Stable Diffusion {args.shape}, nothing is downloaded: building")
+            backbone = RandomStableDiffusion(args.tiny, args.device, args.dtype, args.shape)
         size = args.size or backbone.image_size
         inferer = AttentionSegmentationInferer(backbone, resolution=size)
         figures = measure(inferer, size, args.select, args.repeat, args.reference)
         if args.backbone:
             figures |= startup(args.backbone, size)
         context = {
-            "backbone": args.backbone or ("tiny, random weights" if args.tiny else "SD 1.5 shape, random weights"),
+            "backbone": args.backbone
+            or ("tiny, random weights" if args.tiny else f"SD {args.shape} shape, random weights"),
             "random_weights": args.backbone is None,
             "unet_parameters": sum(p.numel() for p in backbone.unet.parameters()),
             "vae_parameters": sum(p.numel() for p in backbone.vae.parameters()),

@@ -171,7 +171,7 @@ def test_the_config_builds_the_inferer_with_its_own_defaults():
     inferer = parser.get_parsed_content("inferer")
     assert isinstance(inferer, TumorSegmentationInferer)
     fresh = TumorSegmentationInferer()
-    for name in ("organ", "tumor", "modality", "steps", "strength", "resample", "dilation", "suspicion"):
+    for name in ("organ", "tumor", "modality", "steps", "strength", "resample", "dilation_mm", "suspicion"):
         assert getattr(inferer, name) == getattr(fresh, name), name
     for name in ("threshold", "presence", "min_volume_ml", "max_components", "fusion", "rescale", "seed", "adapters"):
         assert getattr(inferer, name) == getattr(fresh, name), name

@@ -150,11 +150,11 @@ def test_tumours(tiny_tumor_model, tmp_path, out):
     write_nifti(tmp_path / "scan.nii.gz", volume, OBLIQUE)
     (tmp_path / "cohort.csv").write_text("path,organ,modality\nscan.nii.gz,kidney,ct\n")
     model = str(tiny_tumor_model)
-    given = ["organ=liver", "steps=2", "presence=0", "stages=[aova,inpaint]", "inferer#dilation=1", "device=cpu"]
+    given = ["organ=liver", "steps=2", "presence=0", "stages=[aova,inpaint]", "inferer#dilation_mm=3", "device=cpu"]
     given += [f"backbone={model}", f"adapters={model}", f"text_encoder={model}/text"]
     one = CaseWorker(find_config("inference_tumor.yaml"), parse_settings(given), out)
     settings = one.load()["header"]["settings"]
-    assert (settings["organ"], settings["stages"], settings["dilation"]) == ("liver", ["aova", "inpaint"], 1)
+    assert (settings["organ"], settings["stages"], settings["dilation_mm"]) == ("liver", ["aova", "inpaint"], 3)
     (job,) = jobs_of(tmp_path / "cohort.csv", keys=TUMOR_PROMPT_KEYS)
     (entry,) = one.work(job)["entries"]
     assert entry["status"] == "done" and entry["prompt"] == {"organ": "kidney", "tumor": None, "modality": "ct"}

@@ -76,7 +76,7 @@ def test_aova_alone_is_the_thresholded_map(make, volume):
 
 
 def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
-    inferer = make(dilation=1, min_volume_ml=0)
+    inferer = make(dilation_mm=3, min_volume_ml=0)
     result = inferer.segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
     near = ndimage.binary_dilation(result.evidence["aova"] > inferer.suspicion, np.ones((3, 3, 3)))
     assert not (result.labels.astype(bool) & ~near).any()
@@ -253,7 +253,9 @@ def test_a_constant_volume_is_absent_not_an_error(make):
         ({"threshold": 1}, "threshold must"),
         ({"suspicion": 0}, "suspicion must"),
         ({"presence": -0.1}, "presence must"),
-        ({"dilation": -1}, "dilation must"),
+        ({"dilation_mm": -1}, "dilation_mm must be a number of millimetres"),
+        ({"guidance": -1}, "guidance must"),
+        ({"contrast": "t1"}, "unknown contrast 't1': this backbone knows none, leave it out"),
         ({"seed": "a"}, "seed must"),
         ({"min_volume_ml": float("nan")}, "min_volume_ml must"),
         ({"max_components": 0}, "max_components must"),

@@ -16,6 +16,7 @@ from zeroseg.tumor.residuals import (
     fuse,
     keep_components,
     pixel_residual,
+    reach,
     voxels_of,
 )
 
@@ -108,12 +109,20 @@ def test_learned_fusion_beats_its_parts():
     weights = {"aova": fit_fusion({"aova": columns["aova"]}, tumour[region])}
     weights["aova+feature+pixel"] = fit_fusion(columns, tumour[region])
     assert all(weights["aova+feature+pixel"][name] > 0 for name in maps)
-    alone = dice(fuse({"aova": maps["aova"]}, region, weights)[0] > 0, tumour)
-    together, used = fuse(maps, region, weights)
+    alone = dice(fuse({"aova": maps["aova"]}, region, weights["aova"])[0] > 0, tumour)
+    together, used = fuse(maps, region, weights["aova+feature+pixel"])
     assert dice(together > 0, tumour) > max(0.9, alone)
     assert used == pytest.approx(weights["aova+feature+pixel"])
-    fallback = fuse({k: maps[k] for k in ("aova", "pixel")}, region, weights)[1]
+    fallback = fuse({k: maps[k] for k in ("aova", "pixel")}, region)[1]
     assert "otsu" in fallback, "no weights for this choice of maps"
+
+
+def test_a_map_of_weight_zero_need_not_be_there():
+    maps, region, _ = maps_of()
+    weights = {"bias": -0.5, "aova": 1.0, "pixel": 0.0, "feature": 0.0}
+    whole, used = fuse(maps, region, weights)
+    np.testing.assert_array_equal(whole, fuse({"aova": maps["aova"]}, region, weights)[0])
+    assert used == weights
 
 
 def test_every_choice_of_stages_gets_its_weights():
@@ -122,7 +131,7 @@ def test_every_choice_of_stages_gets_its_weights():
     assert set(weights) == {"aova", "aova+pixel", "aova+feature", "aova+feature+pixel"}
     reached = []
     for names in ("aova", "aova+pixel", "aova+feature+pixel"):
-        logits, used = fuse({n: maps[n] for n in names.split("+")}, region, weights)
+        logits, used = fuse({n: maps[n] for n in names.split("+")}, region, weights[names])
         assert used == pytest.approx(weights[names]) and set(used) == {"bias", *names.split("+")}
         reached.append(dice(logits > 0, tumour))
     assert reached == sorted(reached) and reached[-1] > 0.9
@@ -154,6 +163,10 @@ def test_dilation_is_by_cubes():
     mask[4, 4, 4] = True
     assert dilate(mask, 2).sum() == 125 and dilate(mask, 0).sum() == 1
     assert not dilate(np.zeros_like(mask), 3).any()
+    assert dilate(mask, reach(6.0, (3, 3, 1.5))).sum() == 5 * 5 * 9, "a length is as far along every axis"
+    corner = np.zeros_like(mask)
+    corner[0, 0, 0] = True
+    assert dilate(corner, 1).sum() == 8
 
 
 def test_components():

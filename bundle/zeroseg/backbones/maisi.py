@@ -4,7 +4,7 @@ One interface serves the embedded compact model, a folder in the embedded layout
 are built from the same two MONAI classes, ``AutoencoderKlMaisi`` and ``DiffusionModelUNetMaisi``.
 
 Embedded layout: ``config.json``, ``autoencoder.safetensors``, ``unet.safetensors``, ``SHA256SUMS``.
-Released files: ``autoencoder_v1.pt`` and ``diff_unet_3d_rflow-ct.pt`` (or the DDPM release), read with
+Released files (``RELEASES``): ``autoencoder_v1.pt`` or ``_v2.pt`` and ``diff_unet_3d_*.pt``, read with
 ``weights_only=True``; the UNet's state is under ``unet_state_dict`` beside ``scale_factor``, the autoencoder's is bare
 or under the same key.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +30,22 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
     MaisiResBlock,
 )
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
+from monai.utils.enums import MetaKeys, SpaceKeys, TraceKeys
 from torch import Tensor, nn
 
 from zeroseg.backbones.frozen import DTYPES, FrozenModel
-from zeroseg.backbones.weights import EMBEDDED, MODELS, fingerprint, verify_sums
+from zeroseg.backbones.weights import (
+    EMBEDDED,
+    MODELS,
+    fill,
+    fingerprint,
+    first_line,
+    read_tensors,
+    verify_sums,
+)
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.hashing import file_sha256
 
@@ -68,6 +80,11 @@ _MAISI_UNET = {
     "include_spacing_input": True,
 }
 
+CHECKPOINT_GLOBALS = (MetaTensor, MetaKeys, SpaceKeys, TraceKeys)
+"""What NVIDIA's trainer leaves in a checkpoint beside tensors: its ``scale_factor`` is 1 / std of a batch that MONAI loaded,
+hence a MetaTensor with that batch's metadata. Three enums and a tensor class; whatever else a file asks for is refused."""
+_READING = threading.Lock()
+
 MAISI_RFLOW: dict[str, Any] = {
     "autoencoder": _MAISI_AUTOENCODER,
     "unet": {**_MAISI_UNET, "num_class_embeds": 128, "resblock_updown": True, "include_fc": True},
@@ -81,15 +98,22 @@ MAISI_RFLOW: dict[str, Any] = {
     },
     "scale_factor": 1.0,
     "spacing": [1.5, 1.5, 2.0],
-    "modalities": {"ct": 1, "mr": 8},
+    "modalities": {"ct": 1},
     "ct_window": [-1000.0, 1000.0],
+    "mr_clip": False,
     "window": [128, 128, 128],
+    "whole_latent": True,
+    "steps": 30,
+    "guidance": 0.0,
+    "field_of_view_mm": [256.0, 256.0, 128.0],
 }
-"""The published rectified-flow release. Two published values are changed, neither of which changes a result:
+"""The published rectified-flow release for CT. Two published values are changed, neither of which changes a result:
 ``norm_float16`` is off (it fails on the CPU; ``dtype`` says the precision instead) and ``num_splits`` is 1 (windows
 bound the memory instead, and splits fail on small volumes). ``scale_factor`` is a placeholder: the checkpoint carries
 its own. ``spacing`` is ZeroSeg's choice: it lies inside what MAISI was trained on (0.5..3 mm in plane, 0.5..5 mm along
-z). Class labels: MAISI's modality table, CT 1, MR 8."""
+z). ``modalities``: class labels that the release was trained with, of MAISI's table. ``whole_latent``: the UNet saw whole
+scans, never a part of one, so it gets the whole latent. ``steps`` and ``guidance``: of the release's inference config.
+``field_of_view_mm``: least extents of its training."""
 
 MAISI_DDPM: dict[str, Any] = {
     **MAISI_RFLOW,
@@ -102,10 +126,40 @@ MAISI_DDPM: dict[str, Any] = {
         "beta_end": 0.0195,
         "clip_sample": False,
     },
-    "modalities": {"ct": 1},
+    "steps": 1000,
 }
 """The published DDPM release, which the paper used by its date: body regions and spacing as conditions, no modality
-class."""
+class. Its 1000 steps are mandatory by its makers' word."""
+
+MAISI_RFLOW_MR: dict[str, Any] = {
+    **MAISI_RFLOW,
+    "spacing": [1.2, 1.2, 1.2],
+    "modalities": {"mr": 8, "mr_t1": 9, "mr_t2": 10, "mr_flair": 11},
+    "guidance": 15.0,
+    "field_of_view_mm": [160.0, 160.0, 90.0],
+}
+"""The published release for MR of brain, prostate, breast and abdomen without contrast agent."""
+
+MAISI_RFLOW_MR_BRAIN: dict[str, Any] = {
+    **MAISI_RFLOW_MR,
+    "spacing": [1.0, 1.0, 1.2],
+    "modalities": {
+        "mr": 8,
+        "mr_t1": 9,
+        "mr_t2": 10,
+        "mr_flair": 11,
+        "mr_mra": 16,
+        "mr_swi": 20,
+        "mr_t1_skull_stripped": 29,
+        "mr_t2_skull_stripped": 30,
+        "mr_flair_skull_stripped": 31,
+        "mr_swi_skull_stripped": 32,
+        "mr_mra_skull_stripped": 33,
+    },
+    "guidance": 2.0,
+    "field_of_view_mm": [140.0, 140.0, 140.0],
+}
+"""The published release for MR of the head, with and without the skull."""
 
 COMPACT: dict[str, Any] = {
     "autoencoder": {**_MAISI_AUTOENCODER, "num_channels": [16, 32, 64], "norm_num_groups": 8, "save_mem": False},
@@ -136,7 +190,13 @@ muscle, below what a small autoencoder keeps.
 ``scale_factor`` is 1 / std of the training latents, written by the trainer. No timestep transform: it exists to spend
 more steps on noise for large latents, and these are smaller than its reference of 32^3."""
 
-PUBLISHED = {"rflow": MAISI_RFLOW, "ddpm": MAISI_DDPM}
+RELEASES = {
+    "ddpm-ct": MAISI_DDPM,
+    "rflow-ct": MAISI_RFLOW,
+    "rflow-mr": MAISI_RFLOW_MR,
+    "rflow-mr-brain": MAISI_RFLOW_MR_BRAIN,
+}
+"""Name of a release, as its files are named -> its config."""
 BODY_REGIONS = ("head", "chest", "abdomen", "pelvis")
 """The DDPM release's one-hot body regions, in order."""
 
@@ -176,7 +236,7 @@ def make_scheduler(config: Mapping[str, Any]) -> RFlowScheduler | DDPMScheduler:
     """
     options = dict(config["scheduler"])
     kind = options.pop("kind", None)
-    if kind not in PUBLISHED:
+    if kind not in ("rflow", "ddpm"):
         raise ZeroSegError(f"scheduler kind must be rflow or ddpm, not {kind!r}")
     return (RFlowScheduler if kind == "rflow" else DDPMScheduler)(**options)
 
@@ -240,9 +300,9 @@ class MaisiBackbone(FrozenModel):
 
     Args:
         source: ``"embedded"``, or a folder in the embedded layout. Ignored when files are given.
-        autoencoder: path of a released autoencoder file (``autoencoder_v1.pt``).
+        autoencoder: path of a released autoencoder file (``autoencoder_v1.pt``, ``_v2.pt`` for ``rflow-mr``).
         unet: path of a released UNet file (``diff_unet_3d_rflow-ct.pt``).
-        kind: which release the files are, ``rflow`` or ``ddpm``.
+        kind: which of ``RELEASES`` the UNet is; None: by the file's content and name.
         device: auto, or as torch spells it.
         dtype: fp32, bf16 or fp16 (GPU), the precision both networks compute in (autocast, as MAISI's own scripts do;
             its group norm keeps float32). What leaves them is float32.
@@ -256,7 +316,7 @@ class MaisiBackbone(FrozenModel):
         source: str | Path = EMBEDDED,
         autoencoder: str | Path | None = None,
         unet: str | Path | None = None,
-        kind: str = "rflow",
+        kind: str | None = None,
         device: str = "auto",
         dtype: str = "fp32",
         untrained: bool = False,
@@ -268,14 +328,15 @@ class MaisiBackbone(FrozenModel):
         self.kind = kind
         self.untrained = untrained
         self.overrides = dict(overrides or {})
+        self.release: str | None = None
 
     # Loading -----------------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
         if self._dtype_name not in DTYPES:
             raise ZeroSegError(f"dtype must be one of {', '.join(DTYPES)}, not {self._dtype_name!r}")
-        if self.kind not in PUBLISHED:
-            raise ZeroSegError(f"kind must be rflow or ddpm, not {self.kind!r}")
+        if self.kind is not None and self.kind not in RELEASES:
+            raise ZeroSegError(f"kind must be one of {', '.join(RELEASES)}, or null, not {self.kind!r}")
         self._place()
         given = [n for n, path in self.files.items() if path is not None]
         if len(given) == 1:
@@ -286,10 +347,11 @@ class MaisiBackbone(FrozenModel):
         self.spacing = tuple(float(s) for s in self.config["spacing"])
         self.modalities = {str(k): int(v) for k, v in self.config["modalities"].items()}
         self.ct_window = tuple(float(v) for v in self.config.get("ct_window", MAISI_RFLOW["ct_window"]))
+        self.mr_clip = bool(self.config.get("mr_clip", True))
         try:
             make_scheduler(self.config)
         except (TypeError, ValueError, KeyError) as error:
-            raise WeightsError(f"the scheduler of {self.name} cannot be built: {_first_line(error)}") from error
+            raise WeightsError(f"the scheduler of {self.name} cannot be built: {first_line(error)}") from error
         with torch.random.fork_rng(devices=[]):  # building draws weights; the caller's random state stays its own
             torch.manual_seed(0)
             self.autoencoder = self._network(build_autoencoder, states.get("autoencoder"))
@@ -298,8 +360,6 @@ class MaisiBackbone(FrozenModel):
 
     def _from_folder(self) -> dict[str, dict[str, Tensor]]:
         """Config and states of a folder in the embedded layout."""
-        from safetensors.torch import load_file
-
         folder = MODELS / "tumor" if self.source == EMBEDDED else Path(self.source).expanduser()
         where = f"models/{folder.name}" if self.source == EMBEDDED else str(self.source)
         self.name = self.source if self.source == EMBEDDED else folder.name
@@ -325,48 +385,41 @@ class MaisiBackbone(FrozenModel):
             path = folder / f"{part}.safetensors"
             if not path.is_file():
                 raise WeightsError(f"{where} lacks {path.name}: copy the folder again")
-            try:
-                states[part] = load_file(path)
-            except Exception as error:  # safetensors raises its own kinds, none documented
-                raise WeightsError(f"cannot read {path.name} in {where}: {_first_line(error)}") from error
+            states[part] = read_tensors(folder, [path.name])
         return states
 
     def _from_files(self) -> dict[str, dict[str, Tensor]]:
         """Config and states of NVIDIA's released files."""
         states, self.weights = {}, {}
-        config = copy.deepcopy(PUBLISHED[self.kind])
+        scale_factor = None
         for part, given in self.files.items():
             path = Path(str(given)).expanduser()
             if not path.is_file():
                 raise WeightsError(f"{part} file {path.name} does not exist: give the path of MAISI's released file")
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise WeightsError(
-                    f"cannot read {path.name} as plain tensors ({_first_line(error)}): files that need code to be run are refused"
-                ) from error
+            content = read_checkpoint(path)
             self.weights[path.name] = file_sha256(path)
             state = content.get("unet_state_dict", content) if isinstance(content, Mapping) else None
             if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
                 raise WeightsError(f"{path.name} holds no state dict, bare or under unet_state_dict")
             if part == "unet":
-                if "scale_factor" not in content:
-                    raise WeightsError(f"{path.name} lacks scale_factor: it is no released MAISI diffusion model")
-                config["scale_factor"] = float(content["scale_factor"])
-            states[part] = dict(state)
+                scale_factor = _scale_factor(content, path.name)
+            states[part] = {str(k).removeprefix("module."): v.as_subclass(Tensor) for k, v in state.items()}
         self.name = Path(str(self.files["unet"])).name
-        self.config = _merged(config, self.overrides)
+        self.release = release_of(states["unet"], self.name, self.kind)
+        self.config = _merged({**RELEASES[self.release], "scale_factor": scale_factor}, self.overrides)
+        if self.release == "ddpm-ct" and not self.config["unet"].get("include_fc"):
+            states["unet"] = without_unused_projections(states["unet"], self.name)
         return states
 
     def _network(self, build, state: dict[str, Tensor] | None) -> nn.Module:
         part = "autoencoder" if build is build_autoencoder else "unet"
         try:
             network = build(self._on_this_device())
-            if state is not None and not self.untrained:
-                network.load_state_dict({k.removeprefix("module."): v.float() for k, v in state.items()})
         except (RuntimeError, ValueError, TypeError) as error:
-            raise WeightsError(f"the {part} of {self.name} does not fit its config: {_first_line(error)}") from error
-        return network.to(self.device).eval().requires_grad_(False)
+            raise WeightsError(f"the {part} of {self.name} does not fit its config: {first_line(error)}") from error
+        if state is None or self.untrained:
+            return network.to(self.device).eval().requires_grad_(False)
+        return fill(network, state, f"the {part} of {self.name}", device=self.device)
 
     def _on_this_device(self) -> dict[str, Any]:
         """The config without the settings that fail off a CUDA device."""
@@ -383,6 +436,7 @@ class MaisiBackbone(FrozenModel):
             "source": self.name,
             "sha256": self.fingerprint,
             "files": self.weights,
+            "release": self.release,
             "scheduler": self.config["scheduler"]["kind"],
             "spacing_mm": list(self.spacing),
             "untrained": self.untrained,
@@ -422,6 +476,47 @@ class MaisiBackbone(FrozenModel):
         self.load()
         step = self.size_multiple
         return tuple(max(step, int(w) // step * step) for w in self.config.get("window", COMPACT["window"]))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the noise path by the release's own config; 20 for a folder that names none."""
+        self.load()
+        return int(self.config.get("steps", 20))
+
+    @property
+    def whole_latent(self) -> bool:
+        """Whether the UNet was trained on whole scans, so that a part of one would be strange to it."""
+        self.load()
+        return bool(self.config.get("whole_latent", False))
+
+    def doubts(self, modality: str, steps: int, extent_mm: Sequence[float]) -> list[str]:
+        """What of a request lies outside the diffusion model's training, one sentence each.
+
+        Args:
+            modality: as ``predict`` takes it.
+            steps: of the whole noise path.
+            extent_mm: the volume's field of view along x, y, z.
+        """
+        self.load()
+        name, found = self.release or self.name, []
+        if modality not in self.modalities:
+            known = ", ".join(self.modalities)
+            asked = "" if self._classes is None else ', and is told "unknown" (class 0)'
+            found.append(f"the diffusion model {name} was not trained on {modality} (but on {known}){asked}")
+        if "steps" in self.config and steps != self.steps:
+            word = "needs" if self.config["scheduler"]["kind"] == "ddpm" and steps < self.steps else "is made for"
+            found.append(f"the diffusion model {name} {word} {self.steps} steps, and {steps} were asked for")
+        least = self.config.get("field_of_view_mm")
+        if least and any(e < m for e, m in zip(extent_mm, least, strict=True)):
+            found.append(
+                f"the field of view is {' x '.join(f'{e:.0f}' for e in extent_mm)} mm; {name} was trained on at least "
+                f"{' x '.join(f'{m:.0f}' for m in least)} mm"
+            )
+        return found
+
+    @property
+    def _classes(self) -> int | None:
+        return self.config["unet"].get("num_class_embeds")
 
     def scheduler(self) -> RFlowScheduler | DDPMScheduler:
         """A new scheduler of the model's kind; it carries state while sampling, so every sampling takes its own."""
@@ -496,6 +591,7 @@ class MaisiBackbone(FrozenModel):
         spacing_mm: Sequence[float],
         modality: str,
         regions: tuple[int, int] = (2, 2),
+        guidance: float | None = None,
     ) -> Tensor:
         """The UNet's output for a noisy latent: v = x_0 - noise (rectified flow), or the noise (DDPM).
 
@@ -503,8 +599,11 @@ class MaisiBackbone(FrozenModel):
             latent: (1, C, x, y, z), sides multiples of ``latent_multiple``.
             timestep: noise level on the scheduler's scale, 0..1000.
             spacing_mm: of the volume's voxels.
-            modality: ct, mr or pet; one the model has no class for is told class 0, MAISI's "unknown".
+            modality: ct, mr or pet, or one with its contrast where the release knows it (mr_t1, mr_flair, ...); one
+                the model has no class for is told class 0, MAISI's "unknown", and ``doubts`` says so.
             regions: top and bottom body region as indices of ``BODY_REGIONS``, for the DDPM release.
+            guidance: classifier-free guidance on the modality: out(unknown) + guidance (out(modality) - out(unknown)),
+                for a second pass; 0 is one plain pass. None: the release's own.
 
         Returns:
             (1, C, x, y, z) float32.
@@ -514,16 +613,27 @@ class MaisiBackbone(FrozenModel):
         unet = self.config["unet"]
         if unet.get("include_spacing_input"):
             options["spacing_tensor"] = spacing_condition(spacing_mm, self.device)
-        if unet.get("num_class_embeds") is not None:
-            options["class_labels"] = torch.tensor([self.modalities.get(modality, 0)], device=self.device)
         for name, region in zip(("top", "bottom"), regions, strict=True):
             if unet.get(f"include_{name}_region_index_input"):
                 one_hot = torch.zeros(1, len(BODY_REGIONS), device=self.device)
                 one_hot[0, region] = 100.0  # MAISI scales its conditions by 100, regions as well as spacing
                 options[f"{name}_region_index_tensor"] = one_hot
+        latent = latent.to(self.device, torch.float32)
         times = torch.full((len(latent),), float(timestep), device=self.device)
-        with self._precision():
-            return self.unet(latent.to(self.device, torch.float32), timesteps=times, **options).float()
+
+        def output(label: int | None) -> Tensor:
+            labels = {} if label is None else {"class_labels": torch.tensor([label], device=self.device)}
+            with self._precision():
+                return self.unet(latent, timesteps=times, **options, **labels).float()
+
+        if self._classes is None:
+            return output(None)
+        label = self.modalities.get(modality, 0)
+        guidance = float(self.config.get("guidance", 0.0) if guidance is None else guidance)
+        if guidance == 0 or label == 0:
+            return output(label)
+        unknown = output(0)
+        return unknown + guidance * (output(label) - unknown)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -554,7 +664,89 @@ def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def _first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]) if lines else type(error).__name__
+# Released files ------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The content of a ``.pt`` file of plain tensors, containers and ``CHECKPOINT_GLOBALS``, on the CPU.
+
+    Raises:
+        WeightsError: the file is damaged, or asks for anything else, which might run code.
+    """
+    # One at a time: the list of allowed globals is the whole process's, and another thread must not end this scope. What MONAI
+    # itself has put on it is left out of the scope, for its end would take that away.
+    with _READING:
+        more = [g for g in CHECKPOINT_GLOBALS if g not in torch.serialization.get_safe_globals()]
+        try:
+            with torch.serialization.safe_globals(more):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            asked = re.search(r"(?:GLOBAL |Unsupported class |function )([\w.]+\.[\w.]+)", str(error))
+            reason = f"it asks for {asked[1]}" if asked else first_line(error)
+            raise WeightsError(
+                f"cannot read {path.name} as plain tensors ({reason}): files that need code to be run are refused"
+            ) from error
+
+
+def release_of(state: Mapping[str, Tensor], name: str, kind: str | None = None) -> str:
+    """Which of ``RELEASES`` a diffusion UNet belongs to.
+
+    DDPM and rectified flow are told apart by the layers; CT, MR and brain MR share theirs and are told apart by the file's
+    name.
+
+    Args:
+        state: of the UNet.
+        name: of the file.
+        kind: what the user says it is.
+
+    Raises:
+        WeightsError: the layers are of neither kind or contradict ``kind``, or the name does not say what for.
+    """
+    regions, classes = "top_region_index_layer.0.weight" in state, "class_embedding.weight" in state
+    if regions == classes:
+        raise WeightsError(
+            f"{name} has the layers of no MAISI release: body regions or a modality class, one of the two"
+        )
+    flow = "rflow" if classes else "ddpm"
+    if kind is not None:
+        if not kind.startswith(flow):
+            raise WeightsError(f"{name} has the layers of a {flow} release, and kind says {kind}: leave kind out")
+        return kind
+    if not classes:
+        return "ddpm-ct"
+    lower = name.lower().replace("_", "-")
+    for release in ("rflow-mr-brain", "rflow-mr", "rflow-ct"):
+        if release in lower:
+            return release
+    raise WeightsError(
+        f"{name} is a rectified-flow model, and its name does not say of what: set kind to one of "
+        f"{', '.join(k for k in RELEASES if k.startswith(flow))}"
+    )
+
+
+def without_unused_projections(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The DDPM release without the output projections of its attention layers, which were saved but never applied.
+
+    MONAI/issues/7991, tutorials/issues/2042: the released file holds ``attn.out_proj.weight`` and ``.bias`` of its 11
+    attention blocks. Either all blocks have both, or none: half of them would mean another network.
+
+    Raises:
+        WeightsError: only some attention layers have one.
+    """
+    attention = {k.removesuffix("to_q.weight") for k in state if k.endswith(".attn.to_q.weight")}
+    unused = {f"{layer}out_proj.{end}" for layer in attention for end in ("weight", "bias")}
+    if (found := unused & state.keys()) and found != unused:
+        raise WeightsError(
+            f"{name} holds {len(found)} of {len(unused)} attn.out_proj.* weights: it is no MAISI release"
+        )
+    return {k: v for k, v in state.items() if k not in unused}
+
+
+def _scale_factor(content: Mapping, name: str) -> float:
+    value = content.get("scale_factor")
+    if value is None:
+        raise WeightsError(f"{name} lacks scale_factor: it is no released MAISI diffusion model")
+    number = torch.as_tensor(value.as_subclass(Tensor) if isinstance(value, Tensor) else value)
+    if number.numel() != 1 or not 0 < float(number) < float("inf"):
+        raise WeightsError(f"the scale_factor of {name} is no positive number")
+    return float(number)

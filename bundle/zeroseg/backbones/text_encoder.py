@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 import torch
@@ -9,10 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroseg.backbones.frozen import FrozenModel
-from zeroseg.backbones.weights import EMBEDDED, MODELS, fingerprint, resolve_folder, verify_sums
+from zeroseg.backbones.weights import (
+    EMBEDDED,
+    MODELS,
+    choose_encoder,
+    fingerprint,
+    first_line,
+    relative_files,
+    resolve_folder,
+    verify_sums,
+    weight_files,
+)
 from zeroseg.errors import WeightsError, ZeroSegError
 
 POOLINGS = ("cls", "mean")
+UNUSED = ("pooler.*",)
+"""Weights that a file may lack: ``embed`` reads the tokens' last states, which the pooler comes after."""
+HARMLESS = ("*position_ids", "pooler.*", "*pooler.*", "cls.*", "lm_head.*", "classifier.*")
+"""Keys that a file may hold in excess: the numbers 0, 1, 2 ..., and heads of the task it was trained by."""
 
 
 class TextEncoder(FrozenModel):
@@ -53,23 +68,34 @@ class TextEncoder(FrozenModel):
             sums = verify_sums(folder.parent)  # one list covers the whole embedded folder
             self.weights = {n: h for n, h in sums.items() if n.startswith("text/")}
         else:
-            folder = resolve_folder(
-                self.source, revision=self.revision, what="text encoder", form="a saved transformers encoder"
-            )
-            self.weights = verify_sums(folder)
-        self.name = self.source if self.source == EMBEDDED else folder.name
-        if not self.weights:
-            raise WeightsError(
-                f"text encoder {self.name} holds no .safetensors file: pickle weights are refused; save it with save_pretrained"
-            )
+            form = "a saved transformers encoder"
+            choose = choose_encoder(f"text encoder {self.source}")
+            folder = resolve_folder(self.source, revision=self.revision, what="text encoder", form=form, choose=choose)
+            files = weight_files(relative_files(folder), "", where=f"text encoder {folder.name}")
+            self.weights = verify_sums(folder, files)
+        given_a_folder = self.source != EMBEDDED and Path(self.source).expanduser().is_dir()
+        self.name = folder.name if given_a_folder else self.source
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model, loaded = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise WeightsError(f"cannot load the text encoder in {self.name}: {first}") from error
+            raise WeightsError(f"cannot load the text encoder in {self.name}: {first_line(error)}") from error
+        # transformers fills what is missing with random numbers and says so in its log only.
+        for what, keys, allowed in (
+            ("lacks", loaded["missing_keys"], UNUSED),
+            ("holds in excess", loaded["unexpected_keys"], HARMLESS),
+            ("has in another shape", [k if isinstance(k, str) else k[0] for k in loaded["mismatched_keys"]], ()),
+        ):
+            odd = sorted(k for k in keys if not any(fnmatch.fnmatch(k, a) for a in allowed))
+            if odd:
+                shown = ", ".join(odd[:3]) + (" ..." if len(odd) > 3 else "")
+                raise WeightsError(
+                    f"the text encoder {self.name} {what} {len(odd)} weights ({shown}): it does not fit its config"
+                )
         if not hasattr(model.config, "hidden_size"):
             raise WeightsError(f"{self.name} is no text encoder (no hidden_size): give a BERT-like transformers folder")
         self.model = model.to(self.device, self.dtype).eval().requires_grad_(False)

@@ -24,8 +24,8 @@ from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
 from zeroseg.interaction.promptable import answer_by_head
-from zeroseg.interaction.prompts import Prompts, check_prompts
-from zeroseg.interaction.settings import ENCODING, MERGE, Settings
+from zeroseg.interaction.prompts import Prompts, check_prompts, check_text
+from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
 from zeroseg.interaction.volume import segment_volume
 from zeroseg.segmentation import Segmentation
@@ -45,6 +45,7 @@ class AttentionSegmentationInferer(Inferer):
 
     Args:
         backbone: the frozen model; the embedded one by default.
+        preset: settings by one word, see ``settings.PRESETS``; what ``settings`` says otherwise than the default stays.
         **settings: of ``zeroseg.interaction.settings.Settings``; each can be read as an attribute of the inferer, and
             ``replace`` varies them.
 
@@ -52,10 +53,10 @@ class AttentionSegmentationInferer(Inferer):
         TypeError: a setting has no such name.
     """
 
-    def __init__(self, backbone: StableDiffusionBackbone | None = None, **settings: Any):
+    def __init__(self, backbone: StableDiffusionBackbone | None = None, preset: str | None = None, **settings: Any):
         super().__init__()
         self.backbone = backbone if backbone is not None else StableDiffusionBackbone()
-        self._settings = Settings(**settings)
+        self._settings = Settings(**with_preset(preset, settings))
         self._checked = False
 
     def __getattr__(self, name: str) -> Any:
@@ -106,11 +107,13 @@ class AttentionSegmentationInferer(Inferer):
 
     # One image ---------------------------------------------------------------------------------------------------------
 
-    def encode(self, image: Tensor | np.ndarray) -> EncodedImage:
+    def encode(self, image: Tensor | np.ndarray, text: str | None = None) -> EncodedImage:
         """Run the backbone on one image.
 
         Args:
             image: (C, H, W), any channel count and value range; see ``prepare``.
+            text: words the UNet is told while it reads the image, in place of the setting ``condition``. Every prompt on this
+                encoding is answered in their light.
 
         Raises:
             ZeroSegError: the image is empty or not finite, or a setting is wrong.
@@ -118,11 +121,12 @@ class AttentionSegmentationInferer(Inferer):
         image = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image.as_subclass(Tensor)
         if image.ndim != 3:
             raise ZeroSegError(f"an image must be (C, H, W), not {tuple(image.shape)}")
-        return self.encode_prepared(prepare(image))
+        return self.encode_prepared(prepare(image), text)
 
-    def encode_prepared(self, full: Tensor) -> EncodedImage:
+    def encode_prepared(self, full: Tensor, text: str | None = None) -> EncodedImage:
         """``encode`` of an image that ``prepare`` already brought to (3, H, W) in [0, 1]."""
         self.check()
+        condition = self.condition if text is None else check_text(text)
         seconds: dict[str, float] = {}
         with timed(seconds, "resize"):
             size = (full.shape[1], full.shape[2])
@@ -137,7 +141,7 @@ class AttentionSegmentationInferer(Inferer):
             record = self.backbone.read(
                 latents,
                 self.timestep,
-                self.backbone.embed_text([""]),
+                self.backbone.embed_text([condition or ""]),
                 self_attention=self.affinity != "features",
                 features=self.affinity != "attention",
                 noise_draws=self.noise_draws,
@@ -148,7 +152,7 @@ class AttentionSegmentationInferer(Inferer):
             if self.affinity != "features":
                 parts.append(aggregate_self_attention([m[0] for m in record.self_attention.values()]))
             if self.affinity != "attention":
-                parts.append(feature_affinity(record.features, latents.shape[-1]))
+                parts.append(feature_affinity(record.features, latents.shape[-1] // self.backbone.attention_factor))
             attention = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
         return EncodedImage(guide.to(attention.device), size, latents, attention, seconds)
 
@@ -274,7 +278,8 @@ class AttentionSegmentationInferer(Inferer):
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
         """Latents of the image at ``text_resolution``."""
         step = self.backbone.size_multiple
-        side = self.text_resolution or max(step, (self.resolution or self.backbone.image_size) // 2 // step * step)
+        half = (self.resolution or self.backbone.image_size) // 2 // step * step
+        side = self.text_resolution or max(step, half, self.backbone.text_size)
         square = F.interpolate(encoded.image[None], (side, side), mode="bilinear", antialias=True)
         return self.backbone.encode_image(square)
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROLES = ("normal", "abnormal", "null")
+VOXEL_ML = 0.027
+"""Millilitres of a voxel of 3 mm, the embedded model's."""
 
 
 @dataclass
@@ -159,7 +161,7 @@ class AovaAdapters(nn.Module):
     has its decision at 0.5. A role with several prompts counts as the mean of its members' likelihoods, so adding
     synonyms does not raise its odds.
 
-    The image-level logit (for the paper's image-level anomaly term) is the mean margin over the ``top`` highest voxels
+    The image-level logit (for the paper's image-level anomaly term) is the mean margin over the ``top_ml`` highest
     plus a correction by an MLP of the features that the abnormal prompts attend to. ``pooled`` serves the text
     alignment term.
 
@@ -170,8 +172,8 @@ class AovaAdapters(nn.Module):
         hidden: width of T per stage as a multiple of its channels.
         context: per stage, sides of the cubes T also sees; none at full resolution, where they cost most and the
             coarser stages see further anyway.
-        top: voxels that decide about the image: about the smallest lesion worth showing, half a millilitre at 3 mm. A share
-            of the voxels would let the field of view decide.
+        top_ml: millilitres that decide about the image: about the smallest lesion worth showing. A share of the volume would
+            let the field of view decide, a number of voxels their size.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class AovaAdapters(nn.Module):
         alpha: float = 0.1,
         hidden: int = 4,
         context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
-        top: int = 20,
+        top_ml: float = 20 * VOXEL_ML,
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -194,9 +196,9 @@ class AovaAdapters(nn.Module):
             "alpha": alpha,
             "hidden": hidden,
             "context": [list(c) for c in context],
-            "top": top,
+            "top_ml": top_ml,
         }
-        self.top = top
+        self.top_ml = top_ml
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
         self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
         self.sha256: str | None = None  # of the file they were loaded from
@@ -219,24 +221,29 @@ class AovaAdapters(nn.Module):
         for stage, values in zip(self.stages, features, strict=True):
             stage.calibrate(values)
 
-    def forward(self, features: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES) -> AovaOutput:
+    def forward(
+        self, features: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES, voxel_ml: float = VOXEL_ML
+    ) -> AovaOutput:
         """Attention of one volume's voxels over the prompts: ``attend`` of ``adapt``.
 
         Args:
             features: per stage (1, C_l, X/2^l, Y/2^l, Z/2^l), from the backbone.
             prompts: (N, d) unit-length text embeddings.
             roles: per prompt ``normal``, ``abnormal`` or ``null``.
+            voxel_ml: millilitres of a voxel, by which ``top_ml`` becomes a number of them.
 
         Raises:
             ValueError: roles and prompts do not fit.
         """
-        return self.attend(self.adapt(features), prompts, roles)
+        return self.attend(self.adapt(features), prompts, roles, voxel_ml)
 
     def adapt(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Raw stage features -> F' per stage as (X_l, Y_l, Z_l, C_l). It knows no prompt, so many can share it."""
         return tuple(stage(values) for stage, values in zip(self.stages, features, strict=True))
 
-    def attend(self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES) -> AovaOutput:
+    def attend(
+        self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES, voxel_ml: float = VOXEL_ML
+    ) -> AovaOutput:
         """Adapted features and prompts -> attention, margin and image-level evidence; arguments as ``forward``."""
         check_roles(roles, len(prompts))
         per_stage = [stage.logits(values, prompts) for stage, values in zip(self.stages, adapted, strict=True)]
@@ -250,11 +257,12 @@ class AovaAdapters(nn.Module):
         margin = role_margin(logits, roles) + self.bias
         pooled = torch.stack(pooled).mean(0)
         abnormal = [i for i, role in enumerate(roles) if role == "abnormal"]
-        image_logit = top_mean(margin, self.top) + self.image_head(pooled[abnormal]).amax()
+        top = max(1, round(self.top_ml / voxel_ml))
+        image_logit = top_mean(margin, top) + self.image_head(pooled[abnormal]).amax()
         contrast = None
         if "null" in roles:
             pair = [i for i, role in enumerate(roles) if role != "normal"]
-            contrast = top_mean(role_margin(logits[pair], [roles[i] for i in pair]), self.top)
+            contrast = top_mean(role_margin(logits[pair], [roles[i] for i in pair]), top)
         return AovaOutput(tuple(levels), margin, image_logit, pooled, contrast)
 
     def fused_logits(self, adapted: Sequence[Tensor], prompts: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.weights import EMBEDDED, MODELS, verify_sums
 from zeroseg.errors import WeightsError
 from zeroseg.hashing import file_sha256
-from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
 from zeroseg.tumor.residuals import feature_residual
 
 FEATURE_BYTES = 2**31
@@ -54,11 +54,13 @@ class EncodedFeatures:
         latent: (1, C, x, y, z) in the diffusion model's space.
         pieces: per window its place and its adapted features, or None where they are made again on demand.
         volume: (1, 1, X, Y, Z), what the windows are cut from.
+        voxel_ml: millilitres of one of its voxels.
     """
 
     latent: Tensor
     pieces: list[tuple[Slices, tuple[Tensor, ...] | None]]
     volume: Tensor
+    voxel_ml: float = VOXEL_ML
 
 
 def window_slices(shape: Sequence[int], window: Sequence[int], multiple: int) -> list[Slices]:
@@ -93,13 +95,16 @@ def blend(pieces: Iterator[tuple[Slices, Tensor]], size: Sequence[int]) -> Tenso
 
 
 @torch.inference_mode()
-def encode_features(backbone: MaisiBackbone, adapters: AovaAdapters, volume: Tensor) -> EncodedFeatures:
+def encode_features(
+    backbone: MaisiBackbone, adapters: AovaAdapters, volume: Tensor, voxel_ml: float = VOXEL_ML
+) -> EncodedFeatures:
     """Encode a volume once for any number of prompts: latent and adapted features by one encoder pass per window.
 
     Args:
         backbone: the frozen model.
         adapters: on the backbone's device.
         volume: (1, 1, X, Y, Z) in [0, 1], sides multiples of ``backbone.size_multiple``.
+        voxel_ml: millilitres of a voxel.
     """
     places = window_slices(volume.shape[2:], backbone.window, backbone.size_multiple)
     channels = backbone.feature_channels
@@ -115,7 +120,7 @@ def encode_features(backbone: MaisiBackbone, adapters: AovaAdapters, volume: Ten
 
     size = [s // backbone.factor for s in volume.shape[2:]]
     gathered = list(latents())  # latents are small: every window is read before blending
-    return EncodedFeatures(blend(iter(gathered), size)[None], pieces, volume)
+    return EncodedFeatures(blend(iter(gathered), size)[None], pieces, volume, voxel_ml)
 
 
 @torch.inference_mode()
@@ -141,7 +146,7 @@ def aova_map(
         for place, adapted in encoded.pieces:
             if adapted is None:
                 adapted = adapters.adapt(backbone.features(encoded.volume[(..., *place)]))
-            output = adapters.attend(adapted, prompts, roles)
+            output = adapters.attend(adapted, prompts, roles, encoded.voxel_ml)
             logits.append(float(output.image_logit))
             contrasts.append(float(output.null_contrast) if output.null_contrast is not None else math.inf)
             yield place, output.margin[None]
@@ -174,6 +179,7 @@ def healthy_margin_loss(
     Returns:
         (X, Y, Z) float32, see ``residuals.feature_residual``.
     """
+    most = max(1.0, float(encoded.volume.max()))  # MR may go beyond 1
 
     def losses() -> Iterator[tuple[Slices, Tensor]]:
         for place, adapted in encoded.pieces:
@@ -184,7 +190,7 @@ def healthy_margin_loss(
             part = (..., *place)
             if adapted is None:
                 adapted = adapters.adapt(backbone.features(encoded.volume[part]))
-            healthy = adapters.adapt(backbone.features((encoded.volume[part] + change[part]).clamp(0, 1)))
+            healthy = adapters.adapt(backbone.features((encoded.volume[part] + change[part]).clamp(0, most)))
             yield place, feature_residual(adapters, adapted, healthy, prompts, roles)[None]
 
     return blend(losses(), encoded.volume.shape[2:])[0].float().cpu().numpy()
@@ -210,11 +216,13 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
     name = "models/tumor" if str(source) == EMBEDDED else folder.name
     try:
         config = json.loads((folder / "config.json").read_text())
-        options = config["adapters"]
+        options = dict(config["adapters"])
     except (OSError, ValueError, KeyError, TypeError):
         raise WeightsError(
             f"{name} holds no config.json with an entry adapters: give a folder train_tumor wrote"
         ) from None
+    if "top" in options:  # older folders name a number of voxels of 3 mm
+        options["top_ml"] = options.pop("top") * VOXEL_ML
     path = folder / "adapters.safetensors"
     if not path.is_file():
         raise WeightsError(

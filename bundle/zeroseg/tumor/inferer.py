@@ -25,7 +25,7 @@ from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_featur
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.prepare import Prepared, prepare
 from zeroseg.tumor.prompts import REGIONS, check_modality, default_tumor, normalise, organ_note, prompt_set
-from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, voxels_of
+from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, reach, voxels_of
 
 STAGES = ("aova", "inpaint", "pixel", "feature")
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
@@ -79,7 +79,7 @@ class TumorMaps:
 
     @property
     def fusion_inputs(self) -> dict[str, np.ndarray]:
-        """The maps ``residuals.fuse`` and ``residuals.fit_fusion`` take: ``aova`` and the residuals."""
+        """The maps that ``residuals.fuse`` and ``residuals.fit_fusion`` take: ``aova`` and the residuals."""
         return {"aova": self.aova.margin.cpu().numpy(), **self.residuals}
 
 
@@ -110,18 +110,22 @@ class TumorSegmentationInferer(Inferer):
         tumor: what to look for; None: the organ's default.
         modality: ct, mr or pet; None: as the call or the file says, else guessed from the values.
         stages: any of the four; pixel and feature need inpaint, all need aova.
-        steps: of the noise path; see ``inpainting.repaint``.
+        contrast: of MR, where the backbone was trained on it: t1, t2, flair, ...; None: not known.
+        steps: of the noise path; see ``inpainting.repaint``. None: what the backbone is made for (20 the embedded one, 30
+            rectified flow of MAISI, 1000 its DDPM); other numbers are noted.
+        guidance: on the modality, see ``MaisiBackbone.predict``. None: the backbone's own.
         strength: share of the path that is gone back and forth, in (0, 1].
         resample: RePaint's repeats of each step.
         suspicion: least AOVA probability of the region that is looked into, in (0, 1); a ``threshold`` below it replaces
             it. Refinement can only take away, so the region has to be generous.
-        dilation: working voxels by which that region is enlarged before inpainting: its rim is tumour too.
+        dilation_mm: by which that region is enlarged before inpainting: its rim is tumour too.
         threshold: least probability of a tumour voxel, in (0, 1).
         presence: least image-level probability, in [0, 1]; 0 switches that rule off.
         min_volume_ml: smaller parts are dropped; within a single slice, the area such a ball would show.
         max_components: most parts kept, the largest first; None: all.
         fusion: ``learned`` weights of AOVA margin and residuals where the adapters' folder has them, or ``otsu``, see
             ``residuals.fuse``.
+        all_evidence: run stages whose learned weight is 0 as well, for the sake of their evidence. The mask is the same.
         rescale: (slope, intercept) bringing stored values to HU or SUV; None: as they are.
         seed: of all noise; equal input, settings and weights give equal masks.
         progress: show a bar while inpainting.
@@ -136,16 +140,19 @@ class TumorSegmentationInferer(Inferer):
         tumor: str | None = None,
         modality: str | None = None,
         stages: Sequence[str] = STAGES,
-        steps: int = 20,
+        contrast: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
         strength: float = 0.8,
         resample: int = 1,
         suspicion: float = 0.3,
-        dilation: int = 2,
+        dilation_mm: float = 6.0,
         threshold: float = 0.5,
         presence: float = 0.5,
         min_volume_ml: float = 0.3,
         max_components: int | None = None,
         fusion: str = "learned",
+        all_evidence: bool = False,
         rescale: Sequence[float] | None = None,
         seed: int = 0,
         progress: bool = False,
@@ -158,16 +165,19 @@ class TumorSegmentationInferer(Inferer):
         self.tumor = tumor
         self.modality = modality
         self.stages = stages
+        self.contrast = contrast
         self.steps = steps
+        self.guidance = guidance
         self.strength = strength
         self.resample = resample
         self.suspicion = suspicion
-        self.dilation = dilation
+        self.dilation_mm = dilation_mm
         self.threshold = threshold
         self.presence = presence
         self.min_volume_ml = min_volume_ml
         self.max_components = max_components
         self.fusion = fusion
+        self.all_evidence = bool(all_evidence)
         self.rescale = rescale
         self.seed = seed
         self.progress = progress
@@ -202,6 +212,8 @@ class TumorSegmentationInferer(Inferer):
         self._check_stages()
         for name in ("steps", "resample"):
             value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
             if not isinstance(value, int) or not 1 <= value <= 1000:
                 raise ZeroSegError(f"{name} must be a whole number from 1 to 1000, not {value!r}")
         if not _number(self.strength) or not 0 < self.strength <= 1:
@@ -212,12 +224,12 @@ class TumorSegmentationInferer(Inferer):
                 raise ZeroSegError(f"{name} must lie between 0 and 1, not {value!r}")
         if not _number(self.presence) or not 0 <= self.presence <= 1:
             raise ZeroSegError(f"presence must lie in 0..1, not {self.presence!r}")
-        for name in ("dilation", "seed"):
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ZeroSegError(f"seed must be a whole number from 0, not {self.seed!r}")
+        for name, unit in (("dilation_mm", "millimetres"), ("min_volume_ml", "millilitres"), ("guidance", "times")):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ZeroSegError(f"{name} must be a whole number from 0, not {value!r}")
-        if not _number(self.min_volume_ml) or self.min_volume_ml < 0:
-            raise ZeroSegError(f"min_volume_ml must be a number of millilitres from 0, not {self.min_volume_ml!r}")
+            if (not _number(value) or value < 0) and not (name == "guidance" and value is None):
+                raise ZeroSegError(f"{name} must be a number of {unit} from 0, not {value!r}")
         if self.max_components is not None and (not isinstance(self.max_components, int) or self.max_components < 1):
             raise ZeroSegError(f"max_components must be a whole number from 1, or null, not {self.max_components!r}")
         if self.fusion not in FUSIONS:
@@ -227,6 +239,10 @@ class TumorSegmentationInferer(Inferer):
             if len(values) != 2 or not all(map(_number, values)) or values[0] == 0:
                 raise ZeroSegError(f"rescale must be [slope, intercept], e.g. [4, 0], not {self.rescale!r}")
         self.load()
+        contrasts = [name.partition("_")[2] for name in self.backbone.modalities if "_" in name]
+        if self.contrast is not None and self.contrast not in contrasts:
+            known = f"use one of {', '.join(contrasts)}" if contrasts else "this backbone knows none, leave it out"
+            raise ZeroSegError(f"unknown contrast {self.contrast!r}: {known}")
 
     def _check_stages(self) -> None:
         given = list(self.stages) if isinstance(self.stages, (list, tuple)) else [self.stages]
@@ -285,9 +301,11 @@ class TumorSegmentationInferer(Inferer):
                 backbone.size_multiple,
                 backbone.ct_window,
                 self.rescale,
+                backbone.mr_clip,
             )
         with timed(seconds, "encode"):
-            features = encode_features(backbone, self._adapters, prepared.volume.to(backbone.device))
+            voxel_ml = math.prod(prepared.spacing) / 1000
+            features = encode_features(backbone, self._adapters, prepared.volume.to(backbone.device), voxel_ml)
         return EncodedVolume(prepared, features, seconds)
 
     def maps(
@@ -296,6 +314,7 @@ class TumorSegmentationInferer(Inferer):
         organ: str | None = None,
         tumor: str | None = None,
         seconds: dict[str, float] | None = None,
+        stages: Sequence[str] | None = None,
     ) -> TumorMaps:
         """All maps of one prompt on the working grid, before fusion; what ``fit_fusion`` is trained on.
 
@@ -303,6 +322,7 @@ class TumorSegmentationInferer(Inferer):
             encoded: from ``encode``.
             organ, tumor: as ``predict``.
             seconds: time per stage is added to it.
+            stages: that run, of the inferer's; None: all of those.
         """
         self.check()
         organ, tumor = self._words(organ, tumor)
@@ -314,19 +334,21 @@ class TumorSegmentationInferer(Inferer):
             aova = aova_map(self.backbone, self._adapters, encoded.features, prompts, roles)
             suspect = logit(min(self.suspicion, self.threshold))
             found = (aova.margin > suspect).cpu().numpy() & prepared.inside.numpy()
-        refining = "inpaint" in self.stages
-        maps = TumorMaps(aova, dilate(found, self.dilation) & prepared.inside.numpy() if refining else found)
-        if not refining:
+        if "inpaint" in self.stages:
+            found = dilate(found, reach(self.dilation_mm, prepared.spacing)) & prepared.inside.numpy()
+        maps = TumorMaps(aova, found)
+        stages = self.stages if stages is None else stages
+        if "inpaint" not in stages:
             return maps
         with timed(seconds, "inpaint"):
             reconstruction = self._reconstruction(encoded)
             maps.healthy = self._healthy(encoded, maps.region, organ)
         with torch.inference_mode():
-            if "pixel" in self.stages:
+            if "pixel" in stages:
                 with timed(seconds, "pixel"):
                     inside = prepared.inside.to(reconstruction.device)
                     maps.residuals["pixel"] = pixel_residual(reconstruction, maps.healthy, inside).cpu().numpy()
-            if "feature" in self.stages:
+            if "feature" in stages:
                 with timed(seconds, "feature"):
                     change = maps.healthy - reconstruction
                     maps.residuals["feature"] = healthy_margin_loss(
@@ -348,9 +370,10 @@ class TumorSegmentationInferer(Inferer):
         self.check()
         organ, tumor = self._words(organ, tumor)
         prepared, seconds = encoded.prepared, dict(encoded.seconds)
-        maps = self.maps(encoded, organ, tumor, seconds)
+        weights = self._fusion_weights(prepared.modality)
+        stages = self._stages_that_count(weights)
+        maps = self.maps(encoded, organ, tumor, seconds, stages)
         with timed(seconds, "fuse"):
-            weights = (self._adapters.fusion or {}).get(prepared.modality) if self.fusion == "learned" else None
             margin = maps.aova.margin.cpu().numpy()
             logits, used = fuse(maps.fusion_inputs, maps.region, weights)
             # Outside the region AOVA alone has spoken, and said no.
@@ -380,6 +403,8 @@ class TumorSegmentationInferer(Inferer):
             "image_probability": round(sigmoid(image_logit), 4),
             "null_contrast": round(maps.aova.null_contrast, 4),
             "unknown_words": unknown,
+            "stages": stages,
+            "steps": self._steps if "inpaint" in stages else None,
             "fusion": {k: round(v, 4) for k, v in used.items()},
             "region_voxels": int(maps.region.sum()),
             "working_shape": list(prepared.volume.shape[2:]),
@@ -396,7 +421,7 @@ class TumorSegmentationInferer(Inferer):
             details=details,
             name=tumor,
             reason=reason,
-            notes=[*prepared.notes, *filter(None, [organ_note(organ)]), *unheard],
+            notes=[*prepared.notes, *filter(None, [organ_note(organ)]), *unheard, *self._doubts(prepared, stages)],
             evidence=evidence,
         )
 
@@ -452,6 +477,43 @@ class TumorSegmentationInferer(Inferer):
             tumor = self.tumor
         return asked, default_tumor(asked) if tumor is None else normalise(tumor, "tumor")
 
+    @property
+    def _steps(self) -> int:
+        return self.backbone.steps if self.steps is None else self.steps
+
+    def _condition(self, modality: str) -> str:
+        """The modality as the diffusion model is told it."""
+        return f"{modality}_{self.contrast}" if self.contrast is not None and modality == "mr" else modality
+
+    def _doubts(self, prepared: Prepared, stages: Sequence[str]) -> list[str]:
+        """What of the inpainting lies outside the diffusion model's training."""
+        if "inpaint" not in stages:
+            return []
+        sides = [s.stop - s.start for s in prepared.content]
+        extent = [n * mm for n, mm in zip(sides, prepared.spacing, strict=True)]
+        condition = self._condition(prepared.modality)
+        doubts = self.backbone.doubts(condition, self._steps, extent)
+        contrasts = [name.partition("_")[2] for name in self.backbone.modalities if name.startswith(f"{condition}_")]
+        if contrasts:
+            doubts.append(
+                f"the contrast is not given, and the diffusion model knows {', '.join(contrasts)}: set contrast"
+            )
+        return doubts
+
+    def _fusion_weights(self, modality: str) -> dict[str, float] | None:
+        """The learned weights of the maps that the inferer's stages give; None where there are none."""
+        learned = (self._adapters.fusion or {}).get(modality) if self.fusion == "learned" else None
+        residuals = [name for name in ("pixel", "feature") if name in self.stages]
+        return (learned or {}).get("+".join(sorted(["aova", *residuals])))
+
+    def _stages_that_count(self, weights: dict[str, float] | None) -> list[str]:
+        """The inferer's stages without those whose learned weight is 0, and without inpainting where nothing needs it."""
+        residuals = [name for name in ("pixel", "feature") if name in self.stages]
+        if weights is None or not residuals or self.all_evidence:
+            return list(self.stages)
+        counting = [name for name in residuals if weights[name] != 0]
+        return [s for s in self.stages if s == "aova" or s in counting or (s == "inpaint" and counting)]
+
     def _healthy(self, encoded: EncodedVolume, region: np.ndarray, organ: str) -> Tensor:
         latent, factor = encoded.features.latent, self.backbone.factor
         touched = torch.from_numpy(region)[None, None].float()
@@ -464,13 +526,14 @@ class TumorSegmentationInferer(Inferer):
             latent,
             mask,
             encoded.prepared.spacing,
-            encoded.prepared.modality,
+            self._condition(encoded.prepared.modality),
             REGIONS.get(organ, (2, 2)),
-            self.steps,
+            self._steps,
             self.strength,
             self.resample,
             self.seed,
             self.progress,
+            self.guidance,
         )
         return self.backbone.decode(healthy)
 

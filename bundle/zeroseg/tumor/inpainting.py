@@ -222,11 +222,14 @@ def pseudo_healthy(
     resample: int = 1,
     seed: int = 0,
     progress: bool = False,
+    guidance: float | None = None,
 ) -> Tensor:
     """The latent of a volume with a region made healthy.
 
-    Large volumes are cropped around the region: to at least the backbone's window, and ``CONTEXT`` positions on every
-    side. MAISI's region and class conditions do not name what is healthy; that its training material is mostly so is
+    A UNet that was trained on whole scans (``backbone.whole_latent``: NVIDIA's) gets the whole latent: a part of one is a
+    field of view it never saw, and its makers warn that those come out unusable. For one trained on parts, the embedded
+    one, large volumes are cropped around the region: to at least the backbone's window, and ``CONTEXT`` positions on
+    every side. MAISI's region and class conditions do not name what is healthy; that its training material is mostly so is
     what the method rests on.
 
     Args:
@@ -234,9 +237,10 @@ def pseudo_healthy(
         latent: (1, C, x, y, z) from ``backbone.encode``.
         mask: (x, y, z) bool on the latent's grid.
         spacing_mm: of the volume's voxels.
-        modality: ct, mr or pet.
+        modality: ct, mr or pet, or with its contrast, see ``backbone.predict``.
         regions: top and bottom body region, for the DDPM release.
         steps, strength, resample, seed, progress: see ``repaint``.
+        guidance: on the modality, see ``backbone.predict``.
 
     Returns:
         As ``latent``; equal to it outside the mask.
@@ -244,11 +248,11 @@ def pseudo_healthy(
     if not mask.any():
         return latent.clone()
     mask = mask.to(latent.device)
-    window = [w // backbone.factor for w in backbone.window]
+    window = latent.shape[2:] if backbone.whole_latent else [w // backbone.factor for w in backbone.window]
     place = (..., *crop_around(mask, window, backbone.latent_multiple))
     healthy = latent.clone()
     healthy[place] = repaint(
-        lambda z, timestep: backbone.predict(z, timestep, spacing_mm, modality, regions),
+        lambda z, timestep: backbone.predict(z, timestep, spacing_mm, modality, regions, guidance),
         noise_path(backbone.scheduler()),
         latent[place],
         mask[place],

@@ -37,25 +37,36 @@ spacing."""
 
 @dataclass
 class Intensity:
-    """How a volume's values became [0, 1]: unit = ((value - low) / (high - low)) ** power."""
+    """How a volume's values became [0, 1]: unit = ((value - low) / (high - low)) ** power.
+
+    Without ``clip`` what is brighter than ``high`` stays above 1, as MAISI's MR releases saw it.
+    """
 
     low: float
     high: float
     power: float = 1.0
+    clip: bool = True
+
+    @property
+    def most(self) -> float | None:
+        """The highest value after the mapping; None: there is no bound."""
+        return 1.0 if self.clip else None
 
     def to_unit(self, values: np.ndarray) -> np.ndarray:
-        """Values -> float32 in [0, 1]; all zero where low equals high."""
+        """Values -> float32 in [0, 1], or from 0 without ``clip``; all zero where low equals high."""
         if self.high <= self.low:
             return np.zeros(values.shape, np.float32)
-        unit = np.clip((values.astype(np.float64) - self.low) / (self.high - self.low), 0, 1)
+        unit = np.clip((values.astype(np.float64) - self.low) / (self.high - self.low), 0, self.most)
         return (unit**self.power).astype(np.float32)
 
     def to_values(self, unit: np.ndarray) -> np.ndarray:
         """[0, 1] -> values; what was clipped comes back as the range's end."""
-        return (np.clip(unit, 0, 1) ** (1 / self.power) * (self.high - self.low) + self.low).astype(np.float32)
+        return (np.clip(unit, 0, self.most) ** (1 / self.power) * (self.high - self.low) + self.low).astype(np.float32)
 
 
-def intensity_of(values: np.ndarray, modality: str, ct_window: Sequence[float] = (-1000.0, 1000.0)) -> Intensity:
+def intensity_of(
+    values: np.ndarray, modality: str, ct_window: Sequence[float] = (-1000.0, 1000.0), mr_clip: bool = True
+) -> Intensity:
     """The mapping of a volume's values to [0, 1].
 
     CT: the window, the same for every volume. MR: percentiles 0 to 99.5. PET: the square root of the share of the
@@ -66,6 +77,7 @@ def intensity_of(values: np.ndarray, modality: str, ct_window: Sequence[float] =
         values: of any shape, finite; HU for CT.
         modality: ct, mr or pet.
         ct_window: HU that become 0 and 1.
+        mr_clip: cut MR at 1.
     """
     modality = check_modality(modality)
     if modality == "ct":
@@ -74,7 +86,7 @@ def intensity_of(values: np.ndarray, modality: str, ct_window: Sequence[float] =
         low, high = np.percentile(values, MR_PERCENTILES)
         if low == high:  # nearly everything is one value: what differs is the object, not an outlier
             low, high = values.min(), values.max()
-        return Intensity(float(low), float(high))
+        return Intensity(float(low), float(high), clip=mr_clip)
     high = float(np.percentile(values, PET_PERCENTILE))
     return Intensity(0.0, high if high > 0 else float(max(values.max(), 0)), 0.5)
 
@@ -143,7 +155,7 @@ class Prepared:
     """A volume ready for the model, and the way back.
 
     Attributes:
-        volume: (1, 1, X', Y', Z') float32 in [0, 1], RAS order, padded.
+        volume: (1, 1, X', Y', Z') float32 in [0, 1] (MR that is not clipped: from 0), RAS order, padded.
         content: the three slices of it that are not padding.
         spacing: working voxel size in mm, as resampled (the sides are whole voxels, so it differs a little from the
             model's).
@@ -215,6 +227,7 @@ def prepare(
     multiple: int = 16,
     ct_window: Sequence[float] = (-1000.0, 1000.0),
     rescale: Sequence[float] | None = None,
+    mr_clip: bool = True,
 ) -> Prepared:
     """Bring a volume to the model's values and grid.
 
@@ -230,6 +243,7 @@ def prepare(
         multiple: the padded sides are multiples of this.
         ct_window: HU that become 0 and 1.
         rescale: (slope, intercept) that bring stored values to HU (or SUV) first.
+        mr_clip: cut MR at 1; a model that was trained on MR beyond it wants False.
 
     Raises:
         ZeroSegError: the shape is no volume's, a value is not finite, the affine has no inverse, or the modality is
@@ -262,7 +276,7 @@ def prepare(
     if rescale is None:
         array, intensity, doubts = check_scan(array, modality)
         notes += doubts
-    intensity = intensity or intensity_of(array, modality, ct_window)
+    intensity = intensity or intensity_of(array, modality, ct_window, mr_clip)
     shape = array.shape
     orientation = nib.orientations.io_orientation(affine)
     unit = nib.orientations.apply_orientation(intensity.to_unit(array), orientation)
@@ -270,7 +284,7 @@ def prepare(
     size, extent_note = _working_size(unit.shape, sizes, spacing)
     notes += extent_note
     reduction = [n / m for n, m in zip(unit.shape, size, strict=True)]
-    unit = _shrink(unit, size).clamp(0, 1)
+    unit = _shrink(unit, size).clamp(0, intensity.most)
     pads = [(-n) % multiple for n in size]
     content = tuple(slice(p // 2, p // 2 + n) for p, n in zip(pads, size, strict=True))
     around = [v for p in reversed(pads) for v in (p // 2, p - p // 2)]

@@ -75,39 +75,43 @@ def feature_residual(
     return now - role_margin(adapters.fused_logits(adapted_healthy, prompts), roles)
 
 
-def dilate(mask: np.ndarray, rounds: int) -> np.ndarray:
-    """Binary dilation by ``rounds`` voxels (26-neighbourhood, which is what "3 iterations" of a cube do)."""
-    if rounds < 1 or not mask.any():
-        return mask.copy()
-    return ndimage.distance_transform_cdt(~mask, metric="chessboard") <= rounds
+def dilate(mask: np.ndarray, voxels: int | Sequence[int]) -> np.ndarray:
+    """Binary dilation by a box that reaches ``voxels`` far, along every axis or each (which is what "3 iterations" of a cube
+    do)."""
+    reach = [voxels] * mask.ndim if isinstance(voxels, int) else list(voxels)
+    return ndimage.maximum_filter(mask, [2 * r + 1 for r in reach], mode="constant")
+
+
+def reach(millimetres: float, spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """Whole voxels along each axis that are nearest to a length."""
+    return tuple(round(millimetres / s) for s in spacing_mm)
 
 
 def fuse(
-    maps: Mapping[str, np.ndarray], region: np.ndarray, weights: Mapping[str, Mapping[str, float]] | None = None
+    maps: Mapping[str, np.ndarray], region: np.ndarray, weights: Mapping[str, float] | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Log-odds per voxel from the AOVA margin and the residuals, inside a region.
 
     What the paper's "residual learning" learns is unknown. With learned weights this is a logistic regression on the
-    maps, a handful of numbers fitted on the adapters' training material, one set per choice of maps: its 0 is the best
-    cut there, its sigmoid a probability. Without, it is the account of the paper: standardised residuals added half and
+    maps, a handful of numbers fitted on the adapters' training material: its 0 is the best cut there, its sigmoid a
+    probability. Without, it is the account of the paper: standardised residuals added half and
     half, cut by Otsu's threshold within the region; AOVA then only says where to look.
 
     Args:
         maps: ``aova`` (margin) and any of ``pixel``, ``feature``; each (X, Y, Z).
         region: (X, Y, Z) bool, the dilated AOVA mask.
-        weights: ``"+".join(sorted(maps))`` -> {"bias": b, map name: weight}; None or without that key: Otsu.
+        weights: {"bias": b, map name: weight}; a map whose weight is 0 need not be there. None: Otsu.
 
     Returns:
         (X, Y, Z) float32 log-odds, ``-LOGIT_LIMIT`` outside the region, and what was used, for the record.
     """
     logits = np.full(region.shape, -LOGIT_LIMIT, np.float32)
     residuals = [name for name in ("pixel", "feature") if name in maps]
-    key = "+".join(sorted(maps))
     if not region.any():
         return logits, {}
-    if weights and key in weights:
-        used = dict(weights[key])
-        values = used["bias"] + sum(used[name] * maps[name][region] for name in maps)
+    if weights:
+        used = dict(weights)
+        values = used["bias"] + sum(w * maps[n][region] for n, w in used.items() if n != "bias" and w != 0)
     elif not residuals:
         used, values = {"bias": 0.0, "aova": 1.0}, maps["aova"][region]
     else:
@@ -183,7 +187,7 @@ def _regression(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: flo
 
 
 def fit_fusions(maps: Mapping[str, np.ndarray], target: np.ndarray) -> dict[str, dict[str, float]]:
-    """``fit_fusion`` for every choice of stages, as ``fuse`` and the entry ``fusion`` of ``config.json`` take them.
+    """``fit_fusion`` for every choice of stages, as the entry ``fusion`` of ``config.json`` holds them.
 
     Args:
         maps: ``aova``, ``pixel`` and ``feature`` -> (n,) values at voxels inside regions of the training volumes.

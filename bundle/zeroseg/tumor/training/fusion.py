@@ -108,7 +108,8 @@ class FusionFitter:
         """Of the adapters, asked by the organ's default words."""
         case, device = example.case, self.backbone.device
         prompts, roles = self.questions.embed(case.organ, default_tumor(case.organ), case.modality)
-        return self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
+        features = [f.to(device, torch.float32) for f in example.features]
+        return self.adapters(features, prompts.to(device), roles, example.voxel_ml)
 
     def _voxels(
         self, case: TrainingCase, rng: np.random.Generator, voxels: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,22 @@ from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.errors import ZeroSegError
-from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.training.cases import TrainingCase
+
+CROP_MM = 144.0
+"""Side of what is trained on at once: 48 voxels of the embedded model."""
 
 
 @dataclass
 class Example:
-    """A case on the working grid: the encoder's features and the (X, Y, Z) bool mask."""
+    """A case on the working grid: the encoder's features, the (X, Y, Z) bool mask, and the millilitres of a voxel."""
 
     features: tuple[Tensor, ...]
     target: Tensor
     case: TrainingCase
+    voxel_ml: float = VOXEL_ML
 
 
 @dataclass
@@ -48,7 +53,9 @@ class VoxelSamples:
 
 
 def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
-    """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise."""
+    """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise; the highest value
+    stays the bound, 1 or that of MR which is not clipped."""
+    most = max(1.0, float(volume.max()))
     order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
     flips = [axis for axis in range(3) if rng.random() < 0.5]
     volume = volume[0, 0].permute(*order).flip(flips)
@@ -57,7 +64,7 @@ def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality
     gamma = float(np.exp(strength * rng.uniform(-0.3, 0.3)))
     gain, offset = 1 + strength * rng.uniform(-0.12, 0.12), strength * rng.uniform(-0.04, 0.04)
     noise = torch.from_numpy(rng.standard_normal(volume.shape).astype(np.float32)) * float(rng.uniform(0, 0.025))
-    changed = (volume.clamp(0, 1) ** gamma * gain + offset + noise).clamp(0, 1)
+    changed = (volume.clamp_min(0) ** gamma * gain + offset + noise).clamp(0, most)
     return changed[None, None].contiguous(), target.contiguous()
 
 
@@ -84,13 +91,13 @@ class Sampling:
         voxels: kept of every case for the first phase.
         variants: augmented readings of every real volume; phantoms get one each.
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's
-            ``size_multiple``.
+            ``size_multiple``. None: that which is nearest to 144 mm.
         readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
     """
 
     voxels: int = 500
     variants: int = 8
-    crop: int = 48
+    crop: int | None = None
     readers: int = 0
 
 
@@ -107,8 +114,11 @@ class CaseReader:
     """
 
     def __init__(self, backbone: MaisiBackbone, sampling: Sampling, seed: int = 0):
-        if sampling.crop < 1 or sampling.crop % backbone.size_multiple:
-            raise ZeroSegError(f"crop must be a multiple of {backbone.size_multiple}, not {sampling.crop}")
+        step = backbone.size_multiple
+        if sampling.crop is None:
+            sampling = replace(sampling, crop=max(1, round(CROP_MM / max(backbone.spacing) / step)) * step)
+        if sampling.crop < 1 or sampling.crop % step:
+            raise ZeroSegError(f"crop must be a multiple of {step}, not {sampling.crop}")
         self.backbone, self.sampling, self.seed = backbone, sampling, seed
 
     def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
@@ -117,12 +127,21 @@ class CaseReader:
         spacing = np.asarray(self.backbone.spacing)
         if rng is not None and case.real:
             spacing = spacing * rng.uniform(0.8, 1.2)
-        prepared = prepare(values, affine, case.modality, spacing, self.backbone.size_multiple, self.backbone.ct_window)
+        backbone = self.backbone
+        prepared = prepare(
+            values,
+            affine,
+            case.modality,
+            spacing,
+            backbone.size_multiple,
+            backbone.ct_window,
+            mr_clip=backbone.mr_clip,
+        )
         volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
             volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.sampling.crop)
         features = self.backbone.read(volume).features
-        return Example(tuple(f.cpu() for f in features), target, case)
+        return Example(tuple(f.cpu() for f in features), target, case, math.prod(prepared.spacing) / 1000)
 
     def jobs(self, cases: Sequence[TrainingCase]) -> list[tuple[TrainingCase, int, int]]:
         """(case, its number, number of the variant) for every reading."""

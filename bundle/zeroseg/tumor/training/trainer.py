@@ -219,7 +219,8 @@ class AdapterTrainer:
         device = self.backbone.device
         prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
         target = example.target if fits else torch.zeros_like(example.target)
-        output = self.adapters([f.to(device, torch.float32) for f in example.features], prompts.to(device), roles)
+        features = [f.to(device, torch.float32) for f in example.features]
+        output = self.adapters(features, prompts.to(device), roles, example.voxel_ml)
         for name in ("margin", "image_logit", "pooled"):
             setattr(output, name, getattr(output, name).float())
         return volume_terms(output, prompts.to(device), roles, target.to(device))
