@@ -50,6 +50,7 @@ def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_many_formats_in_one_run(tiny_pipeline, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -101,6 +102,7 @@ def test_many_formats_in_one_run(tiny_pipeline, tmp_path):
     assert manifest["settings"]["resolution"] == 64
 
 
+@pytest.mark.slow
 def test_every_bad_input_in_one_run(tiny_pipeline, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     for name in BAD:  # each in a folder of its own, as if from different people
@@ -142,6 +144,7 @@ def copied(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_bundle_runs_alone_from_another_folder(copied, tiny_pipeline, tmp_path):
     (tmp_path / "images").mkdir()
     Image.fromarray(color()).save(tmp_path / "images" / "a.png")
@@ -152,6 +155,7 @@ def test_a_copy_of_the_bundle_runs_alone_from_another_folder(copied, tiny_pipeli
     assert (tmp_path / "out" / "a_seg.png").is_file()
 
 
+@pytest.mark.slow
 def test_missing_weights_name_the_remedy(copied, tmp_path):
     Image.fromarray(gray()).save(tmp_path / "a.png")
     done = run("--dataset_dir", "a.png", "--output_dir", "out", bundle=copied, cwd=tmp_path)

@@ -328,6 +328,7 @@ def leftovers(out: Path) -> list[str]:
     return [p.name for folder in (out, out / RECORDS) for p in folder.iterdir() if p.name.startswith(".zeroseg-0")]
 
 
+@pytest.mark.slow
 def test_killed_workers(tiny_pipeline, tmp_path):
     """One worker is killed from outside, and one case kills its worker whenever it is tried."""
     images, out = draw(tmp_path / "images", 8), tmp_path / "out"
@@ -351,6 +352,7 @@ def test_killed_workers(tiny_pipeline, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_killed_driver(tiny_pipeline, tmp_path):
     images, out = draw(tmp_path / "images", 8), tmp_path / "out"
     with running(tiny_pipeline, images, out) as process:
@@ -378,6 +380,7 @@ def test_a_killed_driver(tiny_pipeline, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c(tiny_pipeline, tmp_path):
     images, out = draw(tmp_path / "images", 80), tmp_path / "out"
     with running(tiny_pipeline, images, out) as process:
@@ -392,6 +395,7 @@ def test_ctrl_c(tiny_pipeline, tmp_path):
     assert [entry["case"] for entry in manifest_of(out)["cases"]] == sorted(done_of(out)) and not leftovers(out)
 
 
+@pytest.mark.slow
 def test_resources_that_are_not_there(tiny_pipeline, tmp_path):
     images, out = draw(tmp_path / "images", 1), tmp_path / "out"
     with running(tiny_pipeline, images, out, "--gpus-per-worker", 99) as process:

@@ -74,6 +74,7 @@ def weights(tiny_pipeline: Path) -> list[str]:
     return ["--set", f"backbone={tiny_pipeline}", "--set", "device=cpu"]
 
 
+@pytest.mark.slow
 def test_two_processes_with_the_embedded_weights(tmp_path):
     """As a user does it: the bundle's command, then this one, each a fresh process."""
     images, one, two = (tmp_path / name for name in ("images", "one", "two"))

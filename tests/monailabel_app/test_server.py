@@ -20,6 +20,8 @@ from serving import serving
 from soak import soak
 from zeroseg.io import find_cases, read_image
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--resolution", "128")  # a quarter of the embedded model's own side: quick, coarser
 
 
