@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_merge import structured_attention
 
+from attention_maps import structured_attention
 from zeroseg.attention import aggregate_self_attention
 
 

@@ -7,7 +7,7 @@ import torch
 from zeroseg.attention import EncodedImage
 
 
-def encoded(tokens: int = 64) -> EncodedImage:
+def encoded(tokens: int = 256) -> EncodedImage:
     generator = torch.Generator().manual_seed(0)
     maps = torch.rand(tokens, tokens, generator=generator).softmax(-1)
     return EncodedImage(torch.rand(3, 32, 32, generator=generator), (64, 64), torch.zeros(1, 4, 8, 8), maps)
@@ -17,7 +17,7 @@ def test_bytes_do_not_change_with_use():
     image = encoded()
     before = image.nbytes
     assert before > 2 * image.attention.nbytes + image.image.nbytes
-    _ = image.salience, image.upsample(torch.rand(2, 64), "guided")
+    _ = image.salience, image.upsample(torch.rand(2, 256), "guided")
     assert image.nbytes == before
 
 
@@ -30,7 +30,7 @@ def test_without_attention_clicks_are_answered_and_the_rest_is_recalled():
 
     light = whole.without_attention(again)
     assert light.nbytes < whole.nbytes / 2
-    assert torch.equal(light.paths([3]), whole.paths([3])) and light.side == 8 and not recalled
+    assert torch.equal(light.paths([3]), whole.paths([3])) and light.side == 16 and not recalled
     call = light.fresh()
     assert torch.equal(call.attention, whole.attention) and torch.equal(call.salience, whole.salience)
     assert recalled == [1], "once for a call"

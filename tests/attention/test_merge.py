@@ -6,21 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from attention_maps import structured_attention
 from zeroseg.attention import aggregate_self_attention, label_map, merge_attention, symmetric_kl
 from zeroseg.attention.merge import KLDistance, anchor_indices, merge_to
-
-
-def structured_attention(side: int, heads: int, seed: int, noise: float = 0.4) -> torch.Tensor:
-    """(heads, n, n) softmax attention of a scene with a few regions: near and like tokens attend to each other."""
-    generator = torch.Generator().manual_seed(seed)
-    line = (torch.arange(side) + 0.5) / side
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    region = ((x - 0.35) ** 2 + (y - 0.4) ** 2 < 0.05).float() * 2 + (y > 0.75).float() * 3 + (x > 0.8).float()
-    tokens = torch.stack([x, y, region / 2], -1).flatten(0, 1)
-    n = side * side
-    scores = -torch.cdist(tokens, tokens).square() * 5
-    return (scores + noise * torch.randn(heads, n, n, generator=generator)).softmax(-1)
-
 
 # A slow transcription in float64, broadcasting where the package uses matrix products -----------------------------------
 

@@ -221,6 +221,7 @@ PROCESSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSES)
 def test_the_very_command(tiny_pipeline, picture, tmp_path, name):
     """As a user starts it, in a process of its own."""

@@ -155,6 +155,7 @@ def test_an_output_that_can_hold_no_files(inferer, images, capsys):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_while_writing_leaves_finished_cases_and_a_manifest(images, tmp_path, tiny_pipeline):
     """As ctrl-C does, see tests/test_cases.py."""
     process = start(images, tmp_path / "out", tiny_pipeline, PAUSE="1")
@@ -168,6 +169,7 @@ def test_sigterm_while_writing_leaves_finished_cases_and_a_manifest(images, tmp_
     assert names(tmp_path / "out") == {"manifest.json", *case["files"]}
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_and_what_sigkill_leaves(inferer, images, tmp_path, tiny_pipeline, capsys):
     """A second run into the same folder is refused; when the first is killed, the second may, and clears up after it."""
     out = tmp_path / "out"
@@ -221,6 +223,7 @@ def test_a_failed_case_leaves_the_files_of_an_earlier_run(inferer, images, tmp_p
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out_fails_the_case_alone(images, tmp_path, tiny_pipeline):
     """A process whose address space is limited once the model is loaded, and a picture its passes do not fit for."""
     limit = "import psutil; top = psutil.Process().memory_info().vms + (700 << 20); "

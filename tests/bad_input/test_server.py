@@ -24,6 +24,8 @@ pytest.importorskip("monailabel")
 from bad_inputs import gray, write_nifti
 from serving import Server, serving
 
+pytestmark = pytest.mark.slow
+
 CLICK = json.dumps({"foreground": [[5, 5, 0]]})
 
 

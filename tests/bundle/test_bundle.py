@@ -144,6 +144,7 @@ def copied(tmp_path_factory) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_bundle_runs_alone_from_another_folder(copied, tiny_pipeline, tmp_path):
     (tmp_path / "images").mkdir()
     Image.fromarray(color()).save(tmp_path / "images" / "a.png")
@@ -154,6 +155,7 @@ def test_a_copy_of_the_bundle_runs_alone_from_another_folder(copied, tiny_pipeli
     assert (tmp_path / "out" / "a_seg.png").is_file()
 
 
+@pytest.mark.slow
 def test_missing_weights_name_the_remedy(copied, tmp_path):
     Image.fromarray(gray()).save(tmp_path / "a.png")
     done = run("--dataset_dir", "a.png", "--output_dir", "out", bundle=copied, cwd=tmp_path)

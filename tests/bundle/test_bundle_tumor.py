@@ -115,6 +115,7 @@ def test_every_kind_of_case_in_one_run(tiny_tumor_model, tmp_path):
     assert str(tiny_tumor_model.parent) not in json.dumps(manifest), "folders of this machine are nobody's business"
 
 
+@pytest.mark.slow
 def test_an_ablation_is_one_option(tiny_tumor_model, tmp_path):
     write_nifti(tmp_path / "scan.nii.gz", scan(), np.diag([2.0, 2, 2, 1]))
     options = ["--stages", "['aova','inpaint','pixel']", "--steps", 2, "--modality", "mr", "--organ", "liver"]

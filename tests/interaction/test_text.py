@@ -64,7 +64,7 @@ def test_latents_may_be_coarser_than_the_attention(tiny_backbone, encoded):
 
 def test_a_prompt_that_says_nothing_gains_nothing(tiny_backbone, encoded):
     nothing = "<|endoftext|>"  # the padding token: the same tokens as the null prompt
-    assert torch.equal(*tiny_backbone.embed_text([nothing, ""]))
+    assert torch.equal(*(tiny_backbone.embed_text([text]) for text in (nothing, "")))
     evidence = text_evidence(tiny_backbone, *encoded, nothing)
     assert (evidence.gain, evidence.certainty) == (0, 0)
     assert not evidence.relevance.any()

@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from phantom_studies import write_studies
 from serving import serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def realm():

@@ -48,7 +48,7 @@ def lacking() -> str | None:
     return missing()
 
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(lacking() is not None, reason=str(lacking()))]
 
 
 @dataclass

@@ -25,7 +25,7 @@ from zeroseg import __version__
 from zeroseg.backbones.weights import MODELS
 from zeroseg.io import find_cases, read_image
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 

@@ -20,6 +20,8 @@ from serving import serving
 from soak import soak
 from zeroseg.io import find_cases, read_image
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--resolution", "128")  # a quarter of the embedded model's own side: quick, coarser
 
 
@@ -84,9 +86,11 @@ def test_a_click_gives_the_object_under_it_on_the_viewers_grid(client, image):
 
 
 def test_a_second_click_is_answered_from_memory(client):
-    client.infer("points", "photo", {"foreground": [[14, 28, 0]], "background": []})
-    _, params = client.infer("points", "photo", {"foreground": [[15, 27, 0]], "background": [[2, 2, 0]]})
-    assert "encode" not in params["seconds"] and params["seconds"]["total"] < 0.5  # 0.03 s on a free core
+    _, first = client.infer("points", "picture", {"foreground": [[28, 56, 0]], "background": []})
+    corrections = ({"foreground": [[28 + i, 56, 0]], "background": [[2, 2, 0]]} for i in range(1, 4))
+    again = [client.infer("points", "picture", correction)[1]["seconds"] for correction in corrections]
+    assert "encode" in first["seconds"] and not any("encode" in seconds for seconds in again)
+    assert min(seconds["total"] for seconds in again) < first["seconds"]["encode"]
 
 
 def test_one_slice_can_be_asked_for(client):
@@ -189,8 +193,10 @@ def test_the_server_answers_while_it_infers(server):
 
     def long() -> None:
         answers.append(requests.post(f"{server.url}/infer/segments?image=long&output=json", data={"params": "{}"}))
+        answers.append(time.perf_counter())
 
     job = threading.Thread(target=long)
+    begin = time.perf_counter()
     job.start()
     time.sleep(0.3)
     waits = {path: [] for path in ("/info/", "/ohif/", "/datastore/")}
@@ -200,9 +206,10 @@ def test_the_server_answers_while_it_infers(server):
             assert requests.get(server.url + path).status_code == 200
             seconds.append(time.perf_counter() - start)
     assert len(waits["/info/"]) >= 10, "the job was over too soon to say anything"
-    assert all(np.quantile(seconds, 0.95) < 0.3 for seconds in waits.values()), waits
     job.join()
     assert answers[0].status_code == 200
+    whole = answers[1] - begin
+    assert all(np.quantile(seconds, 0.95) < whole / 4 for seconds in waits.values()), (whole, waits)
 
 
 def test_a_client_that_leaves_frees_the_server(server):
@@ -227,8 +234,8 @@ def test_a_client_that_leaves_frees_the_server(server):
 
 def test_a_short_soak_fails_no_request(server):
     report = soak(server.url, clients=8, seconds=15, pid=server.process.pid)
-    assert report["failed"] == 0 and report["requests"] > 50, report
-    assert report["info_p95_seconds"] < 0.3, report
+    assert report["failed"] == 0 and report["requests"] > 2 * report["clients"], report
+    assert report["info_p95_seconds"] < report["infer_p50_seconds"], report
     assert report["memory_growth_mb"] < 200, report
 
 

@@ -19,7 +19,10 @@ from serving import serving
 from zeroseg.backbones.weights import MODELS
 from zeroseg.io import find_cases, read_image
 
-pytestmark = pytest.mark.skipif(not (MODELS / "tumor").is_dir(), reason="the bundle holds no tumour model")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (MODELS / "tumor").is_dir(), reason="the bundle holds no tumour model"),
+]
 
 UNSEEN = 10_000_000  # training drew its phantoms from seeds far below
 AFFINE = np.array([[-SPACING, 0, 0, 20], [0, SPACING, 0, -35], [0, 0, SPACING, 110], [0, 0, 0, 1.0]])
