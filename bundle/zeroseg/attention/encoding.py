@@ -53,7 +53,8 @@ class EncodedImage:
         self._distance: KLDistance | None = None
         self._paths: TokenPaths | None = None
         self._salience: Tensor | None = None
-        self._readout: Readout | None = None
+        # Shared by the copies of an encoding: small, and too dear to be worked out twice.
+        self._lasting: dict[str, Readout] = {}
         self._upsampler: tuple[str, Upsampler] | None = None
         self._kept: dict[str, tuple[Hashable, object]] = {}
 
@@ -92,9 +93,9 @@ class EncodedImage:
     @property
     def readout(self) -> Readout:
         """What a promptable head reads of the attention, worked out on first use and kept."""
-        if self._readout is None:
-            self._readout = read_out(self.distance, self.paths, self.salience)
-        return self._readout
+        if "readout" not in self._lasting:
+            self._lasting["readout"] = read_out(self.distance, self.paths, self.salience)
+        return self._lasting["readout"]
 
     def upsample(self, maps: Tensor, refine: str) -> Tensor:
         """(K, N) maps over the tokens -> (K, h, w) over the pixels of ``image``; what needs no map is computed once."""
@@ -133,7 +134,7 @@ class EncodedImage:
             again: encodes the image once more, for a prompt that needs the attention.
         """
         light = self.fresh()
-        light._paths, light._readout, light._again = self.paths, self.readout, again
+        light._paths, light._again = self.paths, again
         light.forget()
         return light
 
@@ -150,4 +151,5 @@ class EncodedImage:
         if self._again is not None:
             self._attention = None
         else:
-            self._salience = self._paths = self._readout = None
+            self._salience = self._paths = None
+            self._lasting = {}

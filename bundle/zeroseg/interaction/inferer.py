@@ -24,7 +24,7 @@ from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
 from zeroseg.interaction.promptable import answer_by_head
-from zeroseg.interaction.prompts import Prompts, check_prompts, check_text
+from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, contradicts
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
 from zeroseg.interaction.volume import segment_volume
@@ -243,10 +243,14 @@ class AttentionSegmentationInferer(Inferer):
             result.labels[int(y + 0.5), int(x + 0.5)] = kind
         if prompts.candidate is not None and self.refiner == "rules":
             result.notes.append("refiner rules has one answer: candidate is ignored")
+        if contradicts(prompts):
+            result.notes.append("a pixel was marked both as object and as background: the later mark stands")
         return result
 
     def _frame(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
         corners = prompts.box if prompts.rule == "box" else None
+        if corners is not None and self.refiner == "head":
+            return self._points(encoded, prompts, seconds)
         with timed(seconds, "select"):
             if corners is None:
                 relevance = encoded.salience
@@ -340,7 +344,11 @@ class AttentionSegmentationInferer(Inferer):
             return self.predict(self.encode_prepared(image) if prepared else self.encode(image), select, **prompt)
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
-        return segment_volume(self, image, select, prepared=prepared, **prompt)
+        # The head has learned images, not how an object goes on from slice to slice: the walk through a volume follows the rules.
+        single = image.shape[1 + self.slice_axis % 3] == 1
+        return segment_volume(
+            self if single else self.replace(refiner="rules"), image, select, prepared=prepared, **prompt
+        )
 
     def __call__(
         self,

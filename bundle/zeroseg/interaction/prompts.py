@@ -89,6 +89,20 @@ def check_prompts(
     return Prompts(rule, shape, tuple(clicks), tuple(kinds), corners, words, strokes, start, _candidate(candidate))
 
 
+def contradicts(prompts: Prompts) -> bool:
+    """Whether some pixel is marked both as object and as background, by clicks or strokes."""
+    marked: dict[tuple[int, ...], int] = {}
+    for point, label in zip(prompts.points, prompts.labels, strict=True):
+        pixel = tuple(int(v + 0.5) for v in point)
+        if marked.setdefault(pixel, label) != label:
+            return True
+        if prompts.scribbles is not None:
+            stroke = prompts.scribbles[pixel[::-1] if len(pixel) == 2 else pixel]
+            if stroke and (stroke == 1) != bool(label):
+                return True
+    return False
+
+
 def extent_of(shape: Sequence[int]) -> tuple[int, ...]:
     """Pixels along the numbers of a click: columns, rows in an image (H, W); x, y, z in a volume (X, Y, Z)."""
     return tuple(shape[::-1]) if len(shape) == 2 else tuple(shape)

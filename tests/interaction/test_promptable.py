@@ -1,0 +1,180 @@
+"""Prompts answered by the head: replay, obedience, corrections that stay where they are made."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from zeroseg.attention import EncodedImage
+from zeroseg.backbones.weights import MODELS
+from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.interaction.head import Window
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
+from zeroseg.interaction.promptable import Event, Session, load_head, mend
+
+SIDE, SIZE = 16, (64, 64)
+WHOLE = Window(0, 0, *SIZE)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> EncodedImage:
+    """Three bright squares on a dark ground, attention and image alike: two touch, one stands alone."""
+    regions = np.zeros((SIDE, SIDE), np.int64)
+    regions[2:7, 2:6], regions[2:7, 6:10], regions[10:14, 10:14] = 1, 2, 3
+    label = torch.from_numpy(regions.flatten())
+    maps = torch.where(label[:, None] == label[None], 6.0, 1.0)
+    image = torch.from_numpy(np.kron(regions, np.ones((4, 4))).astype(np.float32)).expand(3, -1, -1) / 3
+    return EncodedImage(image.contiguous(), SIZE, torch.zeros(1, 4, 8, 8), maps / maps.sum(-1, keepdim=True))
+
+
+@pytest.fixture(scope="module")
+def inferer(tiny_backbone) -> AttentionSegmentationInferer:
+    return AttentionSegmentationInferer(tiny_backbone, refiner="head")
+
+
+ALONE, TOUCHING, GROUND = [48, 48], [16, 18], [4, 60]
+
+
+def truth(rows: slice, columns: slice) -> np.ndarray:
+    mask = np.zeros(SIZE, bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def test_a_click_gives_the_object(encoded, inferer):
+    mask = inferer.predict(encoded.fresh(), points=[ALONE]).labels > 0
+    assert dice(mask, truth(np.s_[40:56], np.s_[40:56])) > 0.8
+
+
+def test_an_answer_depends_on_the_ordered_prompts_alone(encoded, inferer):
+    points, labels = [ALONE, [16, 18], GROUND, [41, 41]], [1, 1, 0, 0]
+    fresh = encoded.fresh()
+    steps = [inferer.predict(fresh, points=points[:k], labels=labels[:k]).labels for k in (1, 2, 3, 4)]
+    assert np.array_equal(inferer.predict(encoded.fresh(), points=points, labels=labels).labels, steps[3])
+    assert np.array_equal(inferer.predict(fresh, points=points[:2], labels=labels[:2]).labels, steps[1]), "undo"
+    assert np.array_equal(inferer.predict(fresh, points=points, labels=labels).labels, steps[3]), "redo"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_mark_has_its_label(encoded, inferer, seed):
+    rng = np.random.default_rng(seed)
+    points = rng.integers(0, 64, (12, 2))
+    points = points[np.unique(points @ [64, 1], return_index=True)[1]]
+    labels = [1, *rng.integers(0, 2, len(points) - 1)]
+    result = inferer.predict(encoded.fresh(), points=points.tolist(), labels=[int(v) for v in labels])
+    for (x, y), label in zip(points, labels, strict=True):
+        assert result.labels[y, x] == label
+
+
+def test_a_correction_far_from_an_edge_does_not_move_it(encoded, inferer):
+    one = inferer.predict(encoded.fresh(), points=[ALONE]).labels > 0
+    two = inferer.predict(encoded.fresh(), points=[ALONE, [30, 18]]).labels > 0
+    assert two[18, 30]
+    changed = np.argwhere(one != two)
+    assert len(changed) and np.array_equal(one[44:52, 44:52], two[44:52, 44:52])
+
+
+def test_a_mark_that_the_network_ignores_changes_a_disc():
+    before = truth(np.s_[16:48], np.s_[16:48])
+    marks = np.zeros(SIZE, np.uint8)
+    marks[32, 32] = 2
+    stubborn = np.where(before, 9.0, -9.0).astype(np.float32)
+    after = mend(before, stubborn, WHOLE, [(32, 32, 2)], marks)
+    assert not after[32, 32] and after[17, 17] and 50 < np.count_nonzero(before & ~after) < 700
+
+
+def test_only_what_is_connected_to_the_mark_changes():
+    before, wish = truth(np.s_[10:30], np.s_[10:30]), truth(np.s_[10:40], np.s_[10:30])
+    wish[50:60, 50:60] = True
+    marks = np.zeros(SIZE, np.uint8)
+    marks[20, 20] = marks[35, 20] = 1
+    logits = np.where(wish, 5.0, -5.0).astype(np.float32)
+    after = mend(before, logits, WHOLE, [(35, 20, 1)], marks)
+    assert np.array_equal(after, truth(np.s_[10:40], np.s_[10:30]))
+
+
+def test_a_change_stops_where_a_mark_of_the_other_kind_is_nearer():
+    before = np.zeros(SIZE, bool)
+    before[:, :20] = True
+    marks = np.zeros(SIZE, np.uint8)
+    marks[32, 5], marks[32, 60], marks[32, 25] = 1, 2, 1
+    logits = np.full(SIZE, 5.0, np.float32)
+    after = mend(before, logits, WHOLE, [(32, 25, 1)], marks)
+    assert after[32, 40] and not after[32, 44]
+
+
+def test_candidates_are_nested_and_the_best_is_shown(encoded, inferer):
+    result = inferer.predict(encoded.fresh(), points=[TOUCHING])
+    each = [inferer.predict(encoded.fresh(), points=[TOUCHING], candidate=k).labels > 0 for k in (1, 2, 3)]
+    assert (each[0] <= each[1]).all() and (each[1] <= each[2]).all()
+    assert np.array_equal(each[result.details["candidate"] - 1], result.labels > 0)
+    assert len(result.details["candidates"]) == 3 and 0 <= result.details["estimated_iou"] <= 1
+    with pytest.raises(ZeroSegError, match="candidate must be 1, 2 or 3"):
+        inferer.predict(encoded.fresh(), points=[TOUCHING], candidate=4)
+
+
+def test_scribbles_box_and_a_mask_to_start_from(encoded, inferer):
+    square = truth(np.s_[40:56], np.s_[40:56])
+    strokes = np.zeros(SIZE, np.int32)
+    strokes[48, 43:53], strokes[36, 36:60] = 1, 2
+    drawn = inferer.predict(encoded.fresh(), scribbles=strokes).labels > 0
+    assert drawn[strokes == 1].all() and not drawn[strokes == 2].any() and dice(drawn, square) > 0.7
+    boxed = inferer.predict(encoded.fresh(), box=[40, 40, 55, 55]).labels > 0
+    assert dice(boxed, square) > 0.7
+    given = truth(np.s_[40:56], np.s_[40:56])
+    given[8:28, 8:24] = True
+    assert np.array_equal(inferer.predict(encoded.fresh(), mask=given).labels > 0, given), (
+        "nothing asked, nothing changed"
+    )
+    less = inferer.predict(encoded.fresh(), mask=given, points=[TOUCHING], labels=[0]).labels > 0
+    assert not less[18, 16] and np.array_equal(less[40:], given[40:])
+
+
+def test_contradictions_are_said_and_the_later_mark_stands(encoded, inferer):
+    result = inferer.predict(encoded.fresh(), points=[ALONE, ALONE], labels=[1, 0])
+    assert result.labels[48, 48] == 0 and any("later mark stands" in note for note in result.notes)
+
+
+def test_background_clicks_wait_for_the_object(encoded, inferer):
+    late = inferer.predict(encoded.fresh(), points=[GROUND, ALONE], labels=[0, 1]).labels
+    assert late[48, 48] and not late[60, 4]
+
+
+def test_a_thousand_clicks(encoded, inferer):
+    rng = np.random.default_rng(0)
+    points = [ALONE, *rng.integers(0, 64, (999, 2)).tolist()]
+    square = truth(np.s_[40:56], np.s_[40:56])
+    labels = [int(square[y, x]) for x, y in points]
+    mask = inferer.predict(encoded.fresh(), points=points, labels=labels).labels > 0
+    assert all(mask[y, x] == label for (x, y), label in zip(points, labels, strict=True))
+
+
+def test_a_session_answers_only_what_is_new(encoded):
+    head, calls = load_head(), []
+    session = Session(head, encoded.image, encoded.readout)
+    events = [Event(((48, 48, 1),)), Event(((60, 4, 2),)), Event(((41, 41, 2),))]
+    inner = session._next
+    session._next = lambda *given: calls.append(1) or inner(*given)
+    session.answer(events[:2])
+    session.answer(events)
+    assert len(calls) == 3
+    session.answer(events)
+    assert len(calls) == 3
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    folder = shutil.copytree(MODELS / "interaction", tmp_path / "interaction")
+    data = bytearray((folder / "head.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "head.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match="head.safetensors"):
+        load_head(folder)
+    with pytest.raises(WeightsError, match="refiner rules"):
+        load_head(tmp_path / "nowhere")
