@@ -6,6 +6,8 @@
 An episode takes one object of one scene: a first prompt (click at the innermost or at any pixel, box, stroke, or a spoilt mask to
 start from), then corrections where the shown answer errs. Every answer gives a gradient. The window seen follows the same rule as
 in use. One episode in four sees no attention, so that the same network serves as its own control. The run resumes from ``--work``.
+
+    python scripts/training/train_head.py --shards runs/interaction/shards --work runs/interaction/head --export bundle/models/interaction
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scenes import Scene
 from zeroseg.attention.readout import Readout
+from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
 
 SIZE = 256
 TURNS = 4
+BATCH = 16
+AVERAGE = 0.998
+"""Of the exponential moving average over steps that is exported."""
 BLIND = 0.25
 """Share of episodes that see no attention."""
 
@@ -322,6 +328,30 @@ def losses(
     return {"shape": shape.mean(), "obey": obey.mean(), "quality": guess, "iou": iou}
 
 
+def export(work: Path, shards: Path, out: Path) -> None:
+    """The averaged weights and what made them, as the package loads them."""
+    out.mkdir(parents=True, exist_ok=True)
+    stored = torch.load(work / "state.pt", weights_only=True)
+    mean = AveragedModel(PromptHead(), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    mean.load_state_dict(stored["mean"])
+    head = mean.module
+    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
+    # Files of safetensors are made private; these are to be read by everybody.
+    (out / "head.safetensors").chmod(0o644)
+    (out / "config.json").write_text(json.dumps({"widths": head.widths, "blocks": head.blocks}, indent=2) + "\n")
+    with open(work / "log.jsonl") as f:
+        log = [json.loads(line) for line in f]
+    about = {
+        "steps": stored["step"],
+        "batch": BATCH,
+        "scenes": len(Shards(shards).items),
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "log": log,
+    }
+    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_sums(out)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, required=True)
@@ -333,16 +363,19 @@ def main() -> int:
         help="of this call; the learning rate falls over the last fifth of --steps",
     )
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
+    if args.export is not None:
+        export(args.work, args.shards, args.export)
+        return 0
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     net = PromptHead().to(memory_format=torch.channels_last)
-    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
     step, state = 0, args.work / "state.pt"
     if state.is_file():
@@ -373,7 +406,7 @@ def main() -> int:
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
         episodes = [
             Episode(shards.items[rng.integers(len(shards.items))], np.random.default_rng(rng.integers(2**62)))
-            for _ in range(args.batch)
+            for _ in range(BATCH)
         ]
         for turn in range(TURNS):
             seen = [e.input() for e in episodes]

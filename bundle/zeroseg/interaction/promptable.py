@@ -212,6 +212,10 @@ class Session:
             del self._events[same:], self._masks[same:]
             for at in range(same, len(events)):
                 before = self._unpacked(self._masks[-1]) if self._masks else start
+                if at < len(events) - 1 and before is not None and agrees(events[at], before):
+                    self._events.append(events[at])
+                    self._masks.append(np.packbits(before))
+                    continue
                 answer = self._last = self._next(events[: at + 1], before, candidate if at == 0 else None)
                 self._events.append(events[at])
                 self._masks.append(np.packbits(answer.mask))
@@ -346,6 +350,11 @@ def mend(
                 change &= away <= np.sort(away[change])[int(most)]
         mask = np.where(change, kind == 1, mask)
     return obey(mask, marks)
+
+
+def agrees(event: Event, mask: np.ndarray) -> bool:
+    """Whether an answer already has the label of every mark of an event, so that there is nothing to mend."""
+    return event.box is None and all(mask[row, column] == (kind == 1) for row, column, kind in event.marks)
 
 
 def obey(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:

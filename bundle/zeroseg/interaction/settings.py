@@ -121,7 +121,7 @@ class Settings:
     assign: str = _choice("nearest", ANSWER, ("nearest", "argmax"))
     affinity: str = _choice("attention", ENCODING, AFFINITIES)
     refine: str = _choice("guided", ANSWER, ("guided", "none"))
-    refiner: str = _choice("rules", ANSWER, REFINERS)
+    refiner: str = _choice("head", ANSWER, REFINERS)
     slice_axis: int = _setting(-1, ANSWER, "0, 1 or 2", _whole(-3, 2))
     text_resolution: int | None = _setting(
         None, ANSWER, "a positive multiple of {step} pixels for this backbone", _optional_side
