@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from bad_inputs import OBLIQUE, bundled, color, ct_series, gray, write_nifti
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.cases import CaseDataset, CaseRunner, load_prompts
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 
 @pytest.fixture

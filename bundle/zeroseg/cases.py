@@ -347,4 +347,4 @@ class CaseRunner:
 
 def _mask_sha256(labels: np.ndarray) -> str:
     """SHA-256 of a mask's values, uint8 in C order, by which a later run tells whether it found the same."""
-    return hashlib.sha256(np.ascontiguousarray(labels, np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(labels, np.uint8).data).hexdigest()

@@ -13,10 +13,10 @@ import pytest
 
 from phantoms import make_phantom
 from phantoms3d import SPACING, make_volume
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import MODELS, verify_sums
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.tumor import TumorSegmentationInferer
 
 UNSEEN = 10_000_000  # training drew its phantoms from seeds far below

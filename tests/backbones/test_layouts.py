@@ -17,9 +17,9 @@ import torch
 from transformers import CLIPTokenizer
 
 from published import KINDS, as_hub_repository, change_tensors, save_stable_diffusion
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone, record
 from zeroseg.errors import WeightsError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 UNET = "diffusion_pytorch_model"
 

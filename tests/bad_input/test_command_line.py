@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bad_inputs import color, write_nifti
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.cases import CaseDataset, CaseRunner, load_prompts
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundle"
 

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from bad_inputs import color, ct_series, gray, write_nifti
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.errors import MemoryShortage, ZeroSegError, is_out_of_memory
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import atomic_path, sole_writer, staged
 from zeroseg.io.writing import UNFINISHED
 
@@ -29,7 +29,7 @@ RUN = """
 import os, resource, sys, time
 import torch
 torch.set_num_threads(1)
-from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.cases import CaseDataset, CaseRunner
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from bad_input.hostile import HOSTILE
 from bad_inputs import bundled, color, ct_series, dicom, gray, write_nifti
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import find_cases, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom and others, about the very damage

@@ -265,7 +265,7 @@ def test_the_config_has_what_monai_asks_of_an_inference_workflow(tiny_pipeline, 
 def test_every_setting_of_the_inferer_can_be_given():
     import inspect
 
-    from zeroseg.attention import AttentionSegmentationInferer
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.yaml"))

@@ -21,7 +21,6 @@ from PIL import Image
 import dicom_series
 from bad_inputs import OBLIQUE, color, gray, write_nifti
 from orthanc import missing, orthanc
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.cases import PROMPT_KEYS, CaseDataset, CaseRunner
 from zeroseg.cli.main import run
 from zeroseg.cohort import batch
@@ -30,6 +29,7 @@ from zeroseg.cohort.records import RECORDS, read_record, sole_writer
 from zeroseg.cohort.worker import CaseWorker
 from zeroseg.configs import build_runner, find_config, parse_settings
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.tumor.cases import TUMOR_PROMPT_KEYS
 
 TESTS = Path(__file__).parents[1]

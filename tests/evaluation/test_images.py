@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.cli import main
 from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point, largest_component
@@ -16,6 +15,7 @@ from zeroseg.evaluation.pairs import half_of
 from zeroseg.evaluation.protocols import PROTOCOLS, Sample, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, bootstrap_interval, mean_over_sets, summarise_groups
 from zeroseg.evaluation.tables import markdown_table, seconds_table
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 
 def rectangle(shape, top, left, bottom, right) -> np.ndarray:

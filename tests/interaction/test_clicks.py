@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from zeroseg.attention import AttentionSegmentationInferer, EncodedImage, rules
+from zeroseg.attention import EncodedImage, rules
 from zeroseg.interaction.clicks import answer_clicks
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.prompts import check_prompts
 from zeroseg.interaction.settings import Settings
 

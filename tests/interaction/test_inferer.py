@@ -10,8 +10,8 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 PROMPTS = {
     "segments": {},

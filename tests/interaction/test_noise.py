@@ -8,7 +8,8 @@ import torch
 from skimage import data
 from skimage.transform import resize
 
-from zeroseg.attention import AttentionSegmentationInferer, EncodedImage
+from zeroseg.attention import EncodedImage
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 IMAGES = {
     "tissue": lambda: data.immunohistochemistry().transpose(2, 0, 1),

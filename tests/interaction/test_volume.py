@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from zeroseg.attention import AttentionSegmentationInferer, Segmentation
+from zeroseg.attention import Segmentation
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 SHAPE = (20, 24, 28)
 

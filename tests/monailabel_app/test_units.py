@@ -23,8 +23,9 @@ from lib.memory import ByteLimitedCache, bytes_of
 from lib.mends import dicom_seg, errors
 from lib.sources import source_of
 from phantom_studies import OBJECT, phantom, write_series
-from zeroseg.attention import AttentionSegmentationInferer, Segmentation
+from zeroseg.attention import Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import find_cases, read_image
 
 

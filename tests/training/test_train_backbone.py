@@ -12,8 +12,8 @@ from PIL import Image
 import train_backbone
 from phantoms import make_phantom
 from train_backbone import SOURCES, Corpus, find_folders, main
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.backbones import StableDiffusionBackbone, verify_sums
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 TINY = ["--phantoms=12", "--batch=2", "--size=64", "--large-share=0", "--vae-batch=2", "--vae-size=32"]
 TINY += ["--fp32", "--device=cpu"]

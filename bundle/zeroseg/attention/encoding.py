@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -61,7 +61,8 @@ class EncodedImage:
     @property
     def attention(self) -> Tensor:
         """(N, N) aggregated attention; recalled where it had to go."""
-        if self._attention is None:
+        # Nothing is dropped that cannot be recalled, see ``forget``.
+        if self._attention is None and self._again is not None:
             full = self._again()
             self._attention, self._distance = full.attention, full.distance
         return self._attention
@@ -113,7 +114,7 @@ class EncodedImage:
         """
         if name not in self._kept or self._kept[name][0] != key:
             self._kept[name] = key, make()
-        return self._kept[name][1]
+        return cast(Value, self._kept[name][1])
 
     @property
     def nbytes(self) -> int:

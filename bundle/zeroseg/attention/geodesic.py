@@ -44,7 +44,7 @@ def step_graph(side: int, steps: np.ndarray, least: float) -> csr_matrix:
     cost = steps.astype(np.float64)
     if len(cost):
         # Zero would mean "no edge".
-        cost += max(least * float(cost.mean()), np.finfo(np.float64).tiny)
+        cost += max(least * float(cost.mean()), float(np.finfo(np.float64).tiny))
     return csr_matrix((cost, neighbours(side)), shape=(side * side,) * 2)
 
 

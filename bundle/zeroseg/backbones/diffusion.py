@@ -237,7 +237,7 @@ class StableDiffusionBackbone(FrozenModel):
         apart. An empty prompt is zeros there where the pipeline was trained so (``force_zeros_for_empty_prompt``).
         """
         self.load()
-        hidden, pooled = [], None
+        hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             length = encoder.config.max_position_embeddings
             tokens = tokenizer(
@@ -247,7 +247,8 @@ class StableDiffusionBackbone(FrozenModel):
                 return encoder(tokens.to(self.device)).last_hidden_state
             output = encoder(tokens.to(self.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
-            pooled = output[0]
+        # The last encoder's, as the pipeline has it.
+        pooled = output[0]
         context = torch.cat(hidden, -1)
         context = torch.cat([context, F.pad(pooled, (0, context.shape[-1] - pooled.shape[-1]))[:, None]], 1)
         if self._empty_is_zero:

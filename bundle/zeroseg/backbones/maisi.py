@@ -475,7 +475,8 @@ class MaisiBackbone(FrozenModel):
         """Largest piece of a volume, in voxels, that goes through the autoencoder at once."""
         self.load()
         step = self.size_multiple
-        return tuple(max(step, int(w) // step * step) for w in self.config.get("window", COMPACT["window"]))
+        x, y, z = (max(step, int(w) // step * step) for w in self.config.get("window", COMPACT["window"]))
+        return x, y, z
 
     @property
     def steps(self) -> int:

@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate the set or the suite of a command line; returns how many cases and sets failed."""
-    from zeroseg.attention import AttentionSegmentationInferer
     from zeroseg.backbones import StableDiffusionBackbone
     from zeroseg.evaluation.images import evaluate_set, evaluate_suite
     from zeroseg.evaluation.tables import report_tables
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
     def make(untrained: bool) -> AttentionSegmentationInferer:
         backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device, untrained=untrained)
@@ -165,7 +165,7 @@ def _texts(given: list[str], suite: Path | None) -> dict[str | None, str]:
 
 def _settings(pairs: list[str]) -> dict:
     """NAME=VALUE arguments -> constructor arguments of the inferer."""
-    from zeroseg.attention import AttentionSegmentationInferer
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
     known = sorted(AttentionSegmentationInferer().settings())
     settings = {}

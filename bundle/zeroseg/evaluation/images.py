@@ -12,7 +12,6 @@ from PIL import Image as PILImage
 from scipy import ndimage
 from tqdm import tqdm
 
-from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.errors import ZeroSegError
 from zeroseg.evaluation.annotator import bounding_box
 from zeroseg.evaluation.confidence import reliability_diagram
@@ -28,6 +27,7 @@ from zeroseg.evaluation.pairs import find_pairs
 from zeroseg.evaluation.protocols import CLICKED, Sample, load_sample, run_baselines, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, mean_over_sets, summarise_groups
 from zeroseg.evaluation.tables import report_tables, write_csv, write_text
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import contact_html, contact_sheet, draw_overlay, find_cases, read_image, versions, write_json
 
 COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds", "score")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,9 +107,9 @@ def _marks(encoded: EncodedImage, prompts: Prompts, shape: tuple[int, int]) -> l
     return marks
 
 
-def _mark(encoded: EncodedImage, clicks: list[tuple[float, float]], kind: int) -> _Mark:
+def _mark(encoded: EncodedImage, clicks: Sequence[Sequence[float]], kind: int) -> _Mark:
     pixels = sorted({pixel_of(encoded, c) for c in clicks})
-    return _Mark(pixels, sorted({rules.token_at(*c, encoded.size, encoded.side) for c in clicks}), kind)
+    return _Mark(pixels, sorted({rules.token_at(x, y, encoded.size, encoded.side) for x, y in clicks}), kind)
 
 
 def resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -119,7 +120,7 @@ def resized(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return torch.nn.functional.interpolate(full, shape, mode="nearest-exact")[0, 0].numpy() > 0
 
 
-def pixel_of(encoded: EncodedImage, click: tuple[float, float]) -> tuple[int, int]:
+def pixel_of(encoded: EncodedImage, click: Sequence[float]) -> tuple[int, int]:
     """(row, column) on the working grid of a click (x, y) given in original pixels."""
     height, width = encoded.image.shape[1:]
     row = min(height - 1, int((click[1] + 0.5) * height / encoded.size[0]))

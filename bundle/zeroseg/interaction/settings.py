@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,7 @@ class Settings:
             if "{step}" in about.get("allowed", "") and not (about["fits"](value) and (value or 0) % step == 0):
                 raise ZeroSegError(f"{name} must be {about['allowed'].format(step=step)}, not {value!r}")
 
-    def _each(self) -> list[tuple[str, dict, Any]]:
+    def _each(self) -> list[tuple[str, Mapping[str, Any], Any]]:
         return [(f.name, f.metadata, getattr(self, f.name)) for f in dataclasses.fields(self)]
 
     def key(self, changes: str) -> tuple:

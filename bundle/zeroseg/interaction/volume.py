@@ -56,7 +56,7 @@ def segment_volume(
     walk = _Walk(inferer, volume if prepared else prepare(volume), axis)
     if prompts.rule == "points":
         return walk.follow(prompts)
-    if prompts.rule == "box":
+    if prompts.rule == "box" and prompts.box is not None:
         low, high = round(prompts.box[axis]), round(prompts.box[axis + 3])
         # (row, column) order of the slice.
         flat = [v for i, v in enumerate(prompts.box) if i % 3 != axis]
@@ -107,10 +107,10 @@ class _Walk:
             for name, array in (("scribbles", prompts.scribbles), ("mask", prompts.mask))
             if array is not None
         }
-        anchors = {k for k, entries in by_slice.items() if any(kind for _, kind in entries)}
+        marked = {k for k, entries in by_slice.items() if any(kind for _, kind in entries)}
         for array in drawn.values():
-            anchors |= set((array == 1).any((1, 2)).nonzero()[0].tolist())
-        anchors = sorted(anchors)
+            marked |= set((array == 1).any((1, 2)).nonzero()[0].tolist())
+        anchors = sorted(marked)
         reached = {}
         bar = tqdm(desc="slices", total=self.count, leave=False, disable=not self.inferer.progress)
         for k in anchors:

@@ -97,7 +97,7 @@ def read_series(paths: Sequence[Path]) -> Image:
             f"{folder}: several slices of series {headers[0].SeriesInstanceUID} at one position "
             "(phases, echoes or copies?); keep one volume per folder and give one folder at a time"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if gaps.max() - gaps.min() > 0.01 * np.median(gaps):
         notes = (f"uneven slice spacing, {gaps.min():.3g} to {gaps.max():.3g} mm: distances along z are approximate",)
         logger.warning("%s: %s", folder, notes[0])
@@ -105,12 +105,12 @@ def read_series(paths: Sequence[Path]) -> Image:
     rows, columns, channels = layout.pop()
     check_size(folder, (columns, rows, len(paths)), channels)
     sorted_paths = tuple(paths[i] for i in order)
-    array, bits = None, set()
+    array, bits = np.empty(0, np.float32), set()
     for k, i in enumerate(order):
         with decoding(paths[i]):
             pixels = _dicom_pixels(paths[i], headers[i])
             slice_ = channels_first(pixels).swapaxes(1, 2)  # (C, rows, columns) -> (C, X, Y)
-        if array is None:
+        if k == 0:
             array = np.empty((*slice_.shape, len(paths)), dtype=np.float32)
         array[..., k] = slice_
         bits.add(bits_of(pixels.dtype))

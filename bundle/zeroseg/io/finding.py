@@ -201,7 +201,7 @@ def _group_dicom(paths: Sequence[Path], root: Path) -> list[tuple[list[str], tup
             header, uid = Dataset(), str(path)
         series.setdefault(uid, []).append((path, header))
 
-    entries = []
+    entries: list[tuple[list[str], tuple[Path, ...], str]] = []
     for uid, members in series.items():
         slices = sum(_is_slice(header) for _, header in members)
         if slices < 2:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from zeroseg.errors import ZeroSegError
 
@@ -59,7 +60,7 @@ class Image:
     @property
     def spacing(self) -> tuple[float, ...] | None:
         """Voxel size in mm along each axis of :attr:`shape`; None where the file does not give one."""
-        sizes = self.pixel_spacing if self.affine is None else nib.affines.voxel_sizes(self.affine)
+        sizes = self.pixel_spacing if self.affine is None else voxel_sizes(self.affine)
         if sizes is None or not all(math.isfinite(size) and size > 0 for size in sizes):
             return None
         return tuple(float(size) for size in sizes)

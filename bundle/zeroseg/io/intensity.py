@@ -55,7 +55,7 @@ def _stretch(array: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.zeros(array.shape, dtype=np.float32)
     # Differences beyond float32's range, or so small that it has few digits left, are taken in float64.
     kind = np.float32 if 1e-30 < high - low < 1e38 else np.float64
-    unit = np.clip(array.astype(kind, copy=False), kind(low), kind(high))
+    unit: np.ndarray = np.clip(array.astype(kind, copy=False), kind(low), kind(high))
     unit -= kind(low)
     unit /= kind(high) - kind(low) or 1
     return np.clip(unit, 0, 1, out=unit).astype(np.float32, copy=False)  # rounding may leave 1 + 1e-7

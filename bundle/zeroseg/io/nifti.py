@@ -44,7 +44,8 @@ def read_nifti(path: Path) -> Image:
             raw = np.asanyarray(nifti.dataobj)
             channels, notes = color_channels(path, len(dtype.names))
             volumes = np.stack([raw[name] for name in dtype.names[:channels]])
-            bits, modality = 8, "RGB"
+            bits: int | None = 8
+            modality = "RGB"
         else:
             with np.errstate(over="ignore"):  # float64 values beyond float32: reported as infinite
                 volumes = nifti.get_fdata(caching="unchanged", dtype=np.float32)[None]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from scipy import ndimage
@@ -74,9 +75,8 @@ def _contours(image01: np.ndarray, labels: np.ndarray, size: tuple[int, int]) ->
     enlarged = size[0] >= labels.shape[1]
     smooth = PILImage.Resampling.BICUBIC if enlarged else PILImage.Resampling.BOX
     canvas = np.array(PILImage.fromarray(np.ascontiguousarray(pixels)).resize(size, smooth).convert("RGB"))
-    big = PILImage.fromarray(labels.astype(np.uint8)).resize(size, PILImage.Resampling.NEAREST)
+    big = np.asarray(PILImage.fromarray(labels.astype(np.uint8)).resize(size, PILImage.Resampling.NEAREST))
 
-    big = np.asarray(big)
     highest = ndimage.maximum_filter(big, size=3, mode="constant", cval=0)
     line = highest != ndimage.minimum_filter(big, size=3, mode="constant", cval=0)  # one pixel on each side of a border
     rim = ndimage.maximum_filter(line, size=3) & ~line
@@ -166,13 +166,13 @@ def overlay_slices(
         if not np.isnan(orientation).any():
             patient = orientation[:, 0].astype(int)
             signs = orientation[:, 1] * np.where(patient < 2, -1, 1)
-        sizes = nib.affines.voxel_sizes(affine)
+        sizes = voxel_sizes(affine)
         spacing = np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
     # The horizontal axis is the earlier patient axis: left in axial and coronal, posterior in sagittal slices.
     across, down = sorted(others, key=lambda k: patient[k])
     flip_across, flip_down = signs[across] < 0, (signs[down] < 0) != (patient[down] == 2)
     extent = np.array([labels.shape[across] * spacing[across], labels.shape[down] * spacing[down]])
-    size = tuple(max(1, round(float(length))) for length in extent * 320 / extent.max())
+    width, height = (max(1, round(float(length))) for length in extent * 320 / extent.max())
 
     tiles = []
     for k in chosen:
@@ -183,18 +183,18 @@ def overlay_slices(
             gray, mask = gray[:, ::-1], mask[::-1]
         if flip_across:
             gray, mask = gray[:, :, ::-1], mask[:, ::-1]
-        tiles.append((f"{'xyz'[axis]} = {k}", _contours(gray, mask, size)))
+        tiles.append((f"{'xyz'[axis]} = {k}", _contours(gray, mask, (width, height))))
     sheet = _grid(tiles, columns=math.ceil(math.sqrt(len(tiles))))
     return _titled(sheet, title) if title else sheet
 
 
 def _grid(tiles: Sequence[tuple[str, PILImage.Image]], columns: int) -> PILImage.Image:
     """Titled tiles in rows, each centred in a cell of the largest tile's size."""
-    tiles = [_titled(picture, title) for title, picture in tiles]
+    titled = [_titled(picture, title) for title, picture in tiles]
     gap = 6
-    width, height = max(tile.width for tile in tiles) + gap, max(tile.height for tile in tiles) + gap
-    sheet = PILImage.new("RGB", (columns * width + gap, math.ceil(len(tiles) / columns) * height + gap), "white")
-    for i, tile in enumerate(tiles):
+    width, height = max(tile.width for tile in titled) + gap, max(tile.height for tile in titled) + gap
+    sheet = PILImage.new("RGB", (columns * width + gap, math.ceil(len(titled) / columns) * height + gap), "white")
+    for i, tile in enumerate(titled):
         row, column = divmod(i, columns)
         sheet.paste(tile, (gap + column * width + (width - gap - tile.width) // 2, gap + row * height))
     return sheet

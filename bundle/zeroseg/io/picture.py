@@ -9,13 +9,15 @@ import numpy as np
 import tifffile
 from PIL import Image as PILImage
 from PIL import ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.io.image import Image, bits_of, channels_first, color_channels
 from zeroseg.io.limits import PIXELS_VARIABLE, check_size, limit_of
 from zeroseg.io.sniffing import TIFF_MAGIC
 
-_PILLOW_LIMIT = PILImage.MAX_IMAGE_PIXELS
+# Pillow's own number where another package has lifted it already.
+_PILLOW_LIMIT = PILImage.MAX_IMAGE_PIXELS or 2**28 // 3
 
 
 def read_picture(path: Path) -> Image:
@@ -40,7 +42,7 @@ def read_picture(path: Path) -> Image:
         raise
     with picture:
         check_size(path, picture.size[::-1])
-        if picture.format == "TIFF":
+        if isinstance(picture, TiffImageFile):
             _refuse_pages(path, getattr(picture, "n_frames", 1))
             if len(picture.getbands()) > 1 and max(picture.tag_v2.get(258, (8,))) > 8:
                 return _read_tiff(path)  # Pillow would cut 16-bit colour down to 8 bits

@@ -87,9 +87,11 @@ def detached_data(path: Path, kind: str) -> tuple[Path, ...]:
         name = data_file_entry(path) if kind == "itk" else None
     except (OSError, ZeroSegError):
         return ()
-    data = path.parent / name if name and Path(name).name == name else None
+    if not name or Path(name).name != name:
+        return ()
+    data = path.parent / name
     try:
-        inside = data is not None and not leaves(data, path.parent.resolve()) and data.is_file()
+        inside = not leaves(data, path.parent.resolve()) and data.is_file()
     except OSError:  # a name too long to be one
         inside = False
     return (data,) if inside else ()
@@ -107,10 +109,10 @@ def data_file_entry(path: Path) -> str | None:
     if head.startswith(b"NRRD"):
         head, end, _ = head.replace(b"\r\n", b"\n").partition(b"\n\n")
         entry = re.search(rb"^data ?file:[ \t]*(.*?)[ \t]*$", head, re.MULTILINE | re.IGNORECASE)
-        whole = end or entry or path.stat().st_size <= 64 * 1024
+        whole = bool(end or entry) or path.stat().st_size <= 64 * 1024
     else:  # MetaIO takes either sign
         entry = re.search(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*$", head, re.MULTILINE)
-        whole = entry
+        whole = entry is not None
     if not whole:
         raise ZeroSegError(f"{path}: its header does not end within 64 KiB, or names no pixels; export it again")
     name = entry.group(1).decode("utf-8", "replace") if entry else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,10 +17,8 @@ from PIL import Image as PILImage
 from zeroseg.errors import ZeroSegError
 from zeroseg.io.image import Image
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 UNFINISHED = ".zeroseg-" + "[0-9a-f]" * 16 + "*"
 """Pattern of the names of files and folders that are not finished."""
@@ -112,13 +111,16 @@ def sole_writer(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         ZeroSegError: another run holds it.
     """
+    if sys.platform == "win32":
+        yield
+        return
     try:
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise ZeroSegError(f"another run writes into {folder}: wait for it, or give another output folder") from None
-    except (OSError, AttributeError):
+    except OSError:
         yield
         return
     try:
@@ -237,6 +239,8 @@ def _without_shear(affine: np.ndarray) -> np.ndarray:
 
 
 def _nifti(image: Image, data: np.ndarray, intent: str) -> nib.Nifti1Image:
+    if image.affine is None:
+        raise ValueError("a NIfTI file needs an affine, and the image has none")
     if image.header is None:
         nifti = nib.Nifti1Image(data, image.affine)
         nifti.set_sform(image.affine, code="scanner")
@@ -249,7 +253,7 @@ def _nifti(image: Image, data: np.ndarray, intent: str) -> nib.Nifti1Image:
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0  # the display range of the image would hide the labels
         image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-        nifti = image_class(data.reshape(image.file_shape), image.affine, header)
+        nifti = image_class(data.reshape(image.file_shape or data.shape), image.affine, header)
     nifti.header.set_intent(intent)
     nifti.header["descrip"] = b"ZeroSeg"
     return nifti

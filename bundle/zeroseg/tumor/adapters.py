@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +191,7 @@ class AovaAdapters(nn.Module):
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
         if len(context) != len(channels):
             raise ValueError("context needs one list of cube sides per stage")
-        self.options = {
+        self.options: dict[str, Any] = {
             "channels": list(channels),
             "text_dim": text_dim,
             "alpha": alpha,

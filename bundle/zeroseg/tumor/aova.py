@@ -79,18 +79,24 @@ def window_slices(shape: Sequence[int], window: Sequence[int], multiple: int) ->
 
 
 def blend(pieces: Iterator[tuple[Slices, Tensor]], size: Sequence[int]) -> Tensor:
-    """Overlapping pieces (C, x, y, z) -> (C, *size), weighted by a Gaussian that falls towards a piece's border."""
-    total, weight = None, None
+    """Overlapping pieces (C, x, y, z) -> (C, *size), weighted by a Gaussian that falls towards a piece's border.
+
+    Raises:
+        ValueError: there is no piece.
+    """
+    total = weight = None
     for place, piece in pieces:
         if piece.shape[1:] == tuple(size):
             return piece
-        if total is None:
+        if total is None or weight is None:
             total = piece.new_zeros((len(piece), *size))
             weight = piece.new_zeros(tuple(size))
         importance = compute_importance_map(tuple(piece.shape[1:]), mode="gaussian", device=piece.device)
         importance = importance.to(piece.dtype).clamp_min(1e-3)
         total[(slice(None), *place)] += piece * importance
         weight[place] += importance
+    if total is None or weight is None:
+        raise ValueError("there is no piece to blend")
     return total / weight
 
 
@@ -116,7 +122,8 @@ def encode_features(
         for place in places:
             reading = backbone.read(volume[(..., *place)])
             pieces.append((place, adapters.adapt(reading.features) if keep else None))
-            yield tuple(slice(s.start // backbone.factor, s.stop // backbone.factor) for s in place), reading.latent[0]
+            x, y, z = (slice(s.start // backbone.factor, s.stop // backbone.factor) for s in place)
+            yield (x, y, z), reading.latent[0]
 
     size = [s // backbone.factor for s in volume.shape[2:]]
     gathered = list(latents())  # latents are small: every window is read before blending

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zeroseg.cases import CaseRunner
+from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.io import Case, Image, slice_affine, write_map
 from zeroseg.segmentation import Segmentation
+from zeroseg.tumor.inferer import TumorSegmentation
 from zeroseg.tumor.prompts import DICOM_MODALITIES
 
 TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality")
@@ -34,8 +37,17 @@ class TumorCaseRunner(CaseRunner):
     prompt_keys = TUMOR_PROMPT_KEYS
     options = ("text", "window", "dicom_seg", "evidence")
 
-    def __init__(self, *args: Any, evidence: bool = True, **options: Any):
-        super().__init__(*args, text=None, **options)
+    def __init__(
+        self,
+        inferer: Any,
+        dataset: CaseDataset,
+        output_dir: str | os.PathLike | None,
+        prompts: str | os.PathLike | Mapping[str, dict[str, Any]] | None = None,
+        window: tuple[float, float] | None = None,
+        dicom_seg: bool = True,
+        evidence: bool = True,
+    ):
+        super().__init__(inferer, dataset, output_dir, prompts, None, window, dicom_seg)
         self.evidence = evidence
 
     def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +55,7 @@ class TumorCaseRunner(CaseRunner):
         own = {"organ": self.inferer.organ, "tumor": self.inferer.tumor} if "organ" not in prompt else {"tumor": None}
         return {**own, **prompt, "modality": modality}
 
-    def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
+    def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> TumorSegmentation:
         if image.is_volume:
             return self.inferer.segment(image.array, affine=image.affine, **prompt)
         affine = None if image.spacing is None else slice_affine(image.spacing)
@@ -56,6 +68,6 @@ class TumorCaseRunner(CaseRunner):
         self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path
     ) -> tuple[list[str], list[str]]:
         files, notes = super()._write(case, image, unit, result, {}, output)
-        for name, values in result.evidence.items() if self.evidence else ():
+        for name, values in result.evidence.items() if self.evidence and isinstance(result, TumorSegmentation) else ():
             files.append(write_map(image, values, output / f"{case.stem}_{name}").name)
         return files, notes

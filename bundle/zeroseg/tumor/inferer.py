@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -380,7 +381,8 @@ class TumorSegmentationInferer(Inferer):
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
             mask = (logits > logit(self.threshold)) & maps.region
             mask = keep_components(mask, self._least_voxels(prepared), self.max_components)
-        image_logit = maps.aova.image_logit - (self._adapters.presence or {}).get(prepared.modality, 0.0)
+        even_odds = self._adapters.presence if self._adapters else None
+        image_logit = maps.aova.image_logit - (even_odds or {}).get(prepared.modality, 0.0)
         reason = self._absent(tumor, maps.aova, image_logit, mask)
         with timed(seconds, "restore"):
             restored = 1 / (1 + np.exp(-prepared.to_input(torch.from_numpy(logits.astype(np.float32)))))
@@ -441,7 +443,7 @@ class TumorSegmentationInferer(Inferer):
             affine = np.asarray(volume.affine)
         return self.predict(self.encode(volume, affine, modality), organ, tumor)
 
-    def __call__(self, inputs: Tensor, network: object = None, *args: object, **kwargs: object) -> Tensor:
+    def __call__(self, inputs: Tensor, network: object = None, *args: object, **kwargs: Any) -> Tensor:
         """Masks of a batch, as MONAI's evaluators call an inferer.
 
         Args:
@@ -502,7 +504,8 @@ class TumorSegmentationInferer(Inferer):
 
     def _fusion_weights(self, modality: str) -> dict[str, float] | None:
         """The learned weights of the maps that the inferer's stages give; None where there are none."""
-        learned = (self._adapters.fusion or {}).get(modality) if self.fusion == "learned" else None
+        fusion = self._adapters.fusion if self._adapters and self.fusion == "learned" else None
+        learned = (fusion or {}).get(modality)
         residuals = [name for name in ("pixel", "feature") if name in self.stages]
         return (learned or {}).get("+".join(sorted(["aova", *residuals])))
 

@@ -275,4 +275,5 @@ def crop_around(mask: Tensor, window: Sequence[int], multiple: int) -> tuple[sli
         length = min(size, -(-max(high - low, window[axis]) // multiple) * multiple)
         begin = min(max(0, (low + high - length) // 2), size - length)
         place.append(slice(begin, begin + length))
-    return tuple(place)
+    x, y, z = place
+    return x, y, z

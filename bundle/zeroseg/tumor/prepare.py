@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 from torch import Tensor
 
@@ -167,9 +168,9 @@ class Prepared:
     """
 
     volume: Tensor
-    content: tuple[slice, slice, slice]
-    spacing: tuple[float, float, float]
-    shape: tuple[int, int, int]
+    content: tuple[slice, ...]
+    spacing: tuple[float, ...]
+    shape: tuple[int, ...]
     orientation: np.ndarray
     intensity: Intensity
     modality: str
@@ -280,7 +281,7 @@ def prepare(
     shape = array.shape
     orientation = nib.orientations.io_orientation(affine)
     unit = nib.orientations.apply_orientation(intensity.to_unit(array), orientation)
-    sizes = nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])]
+    sizes = voxel_sizes(affine)[np.argsort(orientation[:, 0])]
     size, extent_note = _working_size(unit.shape, sizes, spacing)
     notes += extent_note
     reduction = [n / m for n, m in zip(unit.shape, size, strict=True)]

@@ -116,7 +116,7 @@ def fuse(
         used, values = {"bias": 0.0, "aova": 1.0}, maps["aova"][region]
     else:
         total = sum(BETA[name] for name in residuals)
-        mixed = sum(BETA[name] / total * _standardised(maps[name][region]) for name in residuals)
+        mixed = np.sum([BETA[name] / total * _standardised(maps[name][region]) for name in residuals], axis=0)
         cut = float(threshold_otsu(mixed)) if mixed.min() < mixed.max() else float(mixed.max())
         used, values = {"otsu": cut, **{name: BETA[name] / total for name in residuals}}, mixed - cut
     logits[region] = np.clip(values, -LOGIT_LIMIT, LOGIT_LIMIT)
@@ -153,7 +153,7 @@ def fit_fusion(maps: Mapping[str, np.ndarray], target: np.ndarray, penalty: floa
         negative = [name for name in used if name != "aova" and weights[name] < 0]
         if not negative:
             break
-        dropped.append(min(negative, key=weights.get))
+        dropped.append(min(negative, key=weights.__getitem__))
     logits = torch.from_numpy(sum(weights[name] * np.asarray(maps[name], np.float64) for name in used))
     y = torch.from_numpy(target.astype("float64"))
     order = logits.argsort(descending=True)

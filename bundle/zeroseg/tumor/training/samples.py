@@ -115,31 +115,31 @@ class CaseReader:
 
     def __init__(self, backbone: MaisiBackbone, sampling: Sampling, seed: int = 0):
         step = backbone.size_multiple
-        if sampling.crop is None:
-            sampling = replace(sampling, crop=max(1, round(CROP_MM / max(backbone.spacing) / step)) * step)
-        if sampling.crop < 1 or sampling.crop % step:
-            raise ZeroSegError(f"crop must be a multiple of {step}, not {sampling.crop}")
-        self.backbone, self.sampling, self.seed = backbone, sampling, seed
+        crop = sampling.crop
+        if crop is None:
+            crop = max(1, round(CROP_MM / max(backbone.spacing) / step)) * step
+        if crop < 1 or crop % step:
+            raise ZeroSegError(f"crop must be a multiple of {step}, not {crop}")
+        self.backbone, self.sampling, self.seed = backbone, replace(sampling, crop=crop), seed
+        self.crop = crop
 
     def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
         """One case through the frozen encoder; with a generator, augmented."""
         values, affine, mask = case.load()
-        spacing = np.asarray(self.backbone.spacing)
-        if rng is not None and case.real:
-            spacing = spacing * rng.uniform(0.8, 1.2)
         backbone = self.backbone
+        scale = rng.uniform(0.8, 1.2) if rng is not None and case.real else 1.0
         prepared = prepare(
             values,
             affine,
             case.modality,
-            spacing,
+            [mm * scale for mm in backbone.spacing],
             backbone.size_multiple,
             backbone.ct_window,
             mr_clip=backbone.mr_clip,
         )
         volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
-            volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.sampling.crop)
+            volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
         features = self.backbone.read(volume).features
         return Example(tuple(f.cpu() for f in features), target, case, math.prod(prepared.spacing) / 1000)
 

@@ -61,7 +61,8 @@ def voxel_terms(
         ``dice`` per volume (zero where every answer is "absent") and ``voxel`` cross-entropy.
     """
     device, voxels = adapters.bias.device, samples.target.shape[1]
-    fits, prompts, roles = [], [], []
+    fits, prompts = [], []
+    roles: list[str] = []
     for case in (samples.cases[row] for row in rows):
         organ, tumor, fit = questions.draw(rng, case)
         embedded, roles = questions.embed(organ, tumor, case.modality)
@@ -72,7 +73,7 @@ def voxel_terms(
     place = torch.tensor(rows)[:, None], torch.from_numpy(drawn)
     target, weight = samples.target[place].to(device) & fits, samples.weight[place].to(device)
     prompts = torch.stack(prompts).to(device)
-    logits = 0
+    logits = torch.zeros((), device=device)
     temperatures = adapters.log_temperature.exp()
     for level, (stage, temperature) in enumerate(zip(adapters.stages, temperatures, strict=True)):
         seen = samples.inputs[level][place].to(device).float()
