@@ -10,6 +10,8 @@ from skimage.transform import resize
 
 from zeroseg.attention import AttentionSegmentationInferer, EncodedImage
 
+pytestmark = pytest.mark.slow
+
 IMAGES = {
     "tissue": lambda: data.immunohistochemistry().transpose(2, 0, 1),
     "embryo": lambda: data.human_mitosis()[None],
