@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# No test may reach a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "OMP_NUM_THREADS" not in os.environ:
+    # More threads than free cores make torch wait at every operation.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 ROOT = Path(__file__).resolve().parents[1]
 

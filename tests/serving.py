@@ -48,7 +48,7 @@ def serving(
     folder: Path,
     *options: str,
     environment: Mapping[str, str] | None = None,
-    patience: float = 120,
+    patience: float = 300,
 ) -> Iterator[Server]:
     """Start ``scripts/serve.py`` and stop it at the end of the block.
 

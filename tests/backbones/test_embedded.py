@@ -46,6 +46,7 @@ def inferer(embedded_backbone):
     return AttentionSegmentationInferer(embedded_backbone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "least"),
     [("dermoscopy", "skin lesion", 0.75), ("endoscopy", "polyp", 0.6), ("ultrasound", "breast tumour", 0.5)],
@@ -57,6 +58,7 @@ def test_a_click_finds_the_object(inferer, kind, name, least):
     assert np.mean(scores) > least, scores
 
 
+@pytest.mark.slow
 def test_auto_finds_a_lesion(inferer):
     scores = [
         dice(inferer.segment(image, "auto").labels > 0, mask)
@@ -65,6 +67,7 @@ def test_auto_finds_a_lesion(inferer):
     assert np.mean(scores) > 0.6, scores
 
 
+@pytest.mark.slow
 def test_attention_learned_to_tell_cells_apart(inferer):
     """The trained model's automatic mask beats the same pipeline with random UNet weights."""
     from zeroseg.backbones import StableDiffusionBackbone
@@ -78,6 +81,7 @@ def test_attention_learned_to_tell_cells_apart(inferer):
     assert trained > control
 
 
+@pytest.mark.slow
 def test_words_find_a_lesion_and_wrong_words_do_not(inferer):
     scores = []
     for image, mask, _ in scenes("dermoscopy", "skin lesion", 5):
@@ -111,6 +115,7 @@ def test_the_tumour_model_is_small_and_holds_no_pickle():
     assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("modality", "least"), [("pet", 0.6), ("ct", 0.3)])
 def test_words_find_unseen_lesions_and_nonsense_does_not(modality, least):
     """Large solid lesions in limbs, asked for with the shipped defaults."""
@@ -126,6 +131,7 @@ def test_words_find_unseen_lesions_and_nonsense_does_not(modality, least):
     assert all(nonsense)
 
 
+@pytest.mark.slow
 def test_the_tumour_bundle_as_a_user_starts_it(tmp_path):
     """One lesion, asked for by its words and by nonsense; weights and settings are those of the config."""
     drawn = make_volume(UNSEEN + 3, ("solid",), "pet", "limb", True, 48)

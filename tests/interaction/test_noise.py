@@ -11,6 +11,8 @@ from skimage.transform import resize
 from zeroseg.attention import EncodedImage
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
+pytestmark = pytest.mark.slow
+
 IMAGES = {
     "tissue": lambda: data.immunohistochemistry().transpose(2, 0, 1),
     "embryo": lambda: data.human_mitosis()[None],

@@ -11,7 +11,6 @@ and upper bounds, because the mask chooses among the segments: see ``oracles``.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +84,8 @@ def run_protocols(inferer, sample: Sample, protocols: list[str], text: str | Non
     for protocol in protocols:
         asked = "segments" if protocol in ORACLES else protocol
         if asked not in answers:
-            fresh = copy.copy(encoded)  # what one prompt computes and keeps must not make the next look fast
+            # What one prompt computes and keeps must not make the next look fast.
+            fresh = encoded.fresh()
             start = time.perf_counter()
             select = "points" if protocol in CLICKED else asked
             result = inferer.predict(fresh, select=select, **prompts.get(protocol, {}))
