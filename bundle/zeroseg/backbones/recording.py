@@ -1,8 +1,8 @@
 """Reading attention and features out of a frozen diffusers UNet during one forward pass.
 
 Default attention kernels never form the probabilities, so the recorded layers run a processor of their own: it computes
-the same output block of query rows by block, and adds the head average of every block to a running sum. At no time does
-a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
+the same output block of query rows by block, and adds the probabilities of every block to a running sum over heads. At no
+time does a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 BLOCK_ELEMENTS = 1 << 20
-"""Probabilities held at once (all heads of some query rows): 4 MB in float32, so that they stay in a core's cache."""
+"""Probabilities held at once: 4 MB in float32. On the CPU they are some query rows of one head, because a product of few rows,
+as all heads at once would leave, costs up to three times as much; on a GPU those of all heads, to start fewer kernels."""
 
 
 @dataclass
@@ -31,25 +32,26 @@ class Recording:
     self_attention: dict[int, Tensor] = field(default_factory=dict)
     cross_attention: dict[int, Tensor] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
-    _layers: dict[tuple[str, int], int] = field(default_factory=dict)
+    _maps: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def _sum(self, kind: str, shape: tuple[int, int, int], device) -> Tensor:
+    def _sum(self, kind: str, shape: tuple[int, int, int], heads: int, device) -> Tensor:
+        """What a layer adds the probabilities of all its heads to."""
         store = getattr(self, kind)
         n = shape[1]
-        self._layers[kind, n] = self._layers.get((kind, n), 0) + 1
+        self._maps[kind, n] = self._maps.get((kind, n), 0) + heads
         if n not in store:
             store[n] = torch.zeros(shape, dtype=torch.float32, device=device)
         return store[n]
 
     @torch.inference_mode()  # the passes may have run in it, and then only it may change what they left
     def _average(self) -> None:
-        for (kind, n), layers in self._layers.items():
-            getattr(self, kind)[n].div_(layers)
-        self._layers.clear()
+        for (kind, n), maps in self._maps.items():
+            getattr(self, kind)[n].div_(maps)
+        self._maps.clear()
 
 
 class _RecordingProcessor:
-    """A diffusers attention processor that equals the default one and adds the head-mean probabilities to a recording."""
+    """A diffusers attention processor that equals the default one and adds its probabilities to a recording."""
 
     def __init__(self, recording: Recording, kind: str):
         self.recording, self.kind = recording, kind
@@ -68,15 +70,18 @@ class _RecordingProcessor:
         if attn.upcast_attention or attn.upcast_softmax:
             query, key = query.float(), key.float()
         key = key.transpose(-1, -2)
-        total = self.recording._sum(self.kind, (batch, tokens, key.shape[-1]), query.device)
+        total = self.recording._sum(self.kind, (batch, tokens, key.shape[-1]), heads, query.device)
         output = torch.empty_like(query, dtype=dtype)
-        rows = max(1, BLOCK_ELEMENTS // (heads * key.shape[-1]))
+        together = 1 if query.device.type == "cpu" else heads
+        rows = max(1, BLOCK_ELEMENTS // (together * key.shape[-1]))
         for b in range(batch):
             for start in range(0, tokens, rows):
                 block = slice(start, start + rows)
-                probabilities = torch.matmul(query[b, :, block], key[b]).softmax(-1)
-                total[b, block] += probabilities.mean(0)
-                output[b, :, block] = torch.matmul(probabilities.to(dtype), value[b])
+                for head in range(0, heads, together):
+                    some = slice(head, head + together)
+                    probabilities = torch.matmul(query[b, some, block], key[b, some]).softmax(-1)
+                    total[b, block] += probabilities[0] if together == 1 else probabilities.sum(0, dtype=total.dtype)
+                    output[b, some, block] = torch.matmul(probabilities.to(dtype), value[b, some])
         output = output.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
