@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-BLOCK_ELEMENTS = 1 << 20
-"""Probabilities held at once: 4 MB in float32. On the CPU they are some query rows of one head, because a product of few rows,
-as all heads at once would leave, costs up to three times as much; on a GPU those of all heads, to start fewer kernels."""
+BLOCK_ELEMENTS = 1 << 19
+"""Probabilities held at once: 2 MB in float32."""
 
 
 @dataclass
@@ -50,6 +49,39 @@ class Recording:
         self._maps.clear()
 
 
+def _read_together(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+    """Attention of all heads at once, some query rows after the other: few kernels, as a GPU wants it.
+
+    Args:
+        query: (heads, n, d), scaled.
+        key: (heads, d, m).
+        value: (heads, m, d).
+        total: (n, m), which the probabilities are added to.
+        output: (heads, n, d), written.
+    """
+    rows = max(1, BLOCK_ELEMENTS // (len(query) * key.shape[-1]))
+    for start in range(0, query.shape[1], rows):
+        block = slice(start, start + rows)
+        probabilities = torch.matmul(query[:, block], key).softmax(-1)
+        total[block] += probabilities.sum(0, dtype=total.dtype)
+        output[:, block] = torch.matmul(probabilities.to(value.dtype), value)
+
+
+def _read_by_heads(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+    """The same, one head after the other in one piece of memory: a CPU's products want many rows and a full cache."""
+    tokens, width = query.shape[1], key.shape[-1]
+    rows = min(tokens, max(1, BLOCK_ELEMENTS // width))
+    scratch = query.new_empty(rows, width)
+    for start in range(0, tokens, rows):
+        block = slice(start, start + rows)
+        part = scratch[: min(rows, tokens - start)]
+        for head in range(len(query)):
+            torch.mm(query[head, block], key[head], out=part)
+            torch.softmax(part, -1, out=part)
+            total[block] += part
+            output[head, block] = torch.mm(part.to(value.dtype), value[head])
+
+
 class _RecordingProcessor:
     """A diffusers attention processor that equals the default one and adds its probabilities to a recording."""
 
@@ -69,19 +101,11 @@ class _RecordingProcessor:
         dtype = query.dtype
         if attn.upcast_attention or attn.upcast_softmax:
             query, key = query.float(), key.float()
-        key = key.transpose(-1, -2)
-        total = self.recording._sum(self.kind, (batch, tokens, key.shape[-1]), heads, query.device)
+        total = self.recording._sum(self.kind, (batch, tokens, key.shape[2]), heads, query.device)
         output = torch.empty_like(query, dtype=dtype)
-        together = 1 if query.device.type == "cpu" else heads
-        rows = max(1, BLOCK_ELEMENTS // (together * key.shape[-1]))
+        read = _read_by_heads if query.device.type == "cpu" else _read_together
         for b in range(batch):
-            for start in range(0, tokens, rows):
-                block = slice(start, start + rows)
-                for head in range(0, heads, together):
-                    some = slice(head, head + together)
-                    probabilities = torch.matmul(query[b, some, block], key[b, some]).softmax(-1)
-                    total[b, block] += probabilities[0] if together == 1 else probabilities.sum(0, dtype=total.dtype)
-                    output[b, some, block] = torch.matmul(probabilities.to(dtype), value[b, some])
+            read(query[b], key[b].transpose(-1, -2).contiguous(), value[b], total[b], output[b])
         output = output.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
