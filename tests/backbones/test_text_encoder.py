@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from published import change_tensors
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.errors import WeightsError, ZeroSegError
 
@@ -68,3 +69,25 @@ def test_describe_names_no_folder(encoder, tiny_tumor_model):
     described = encoder.describe()
     assert described["source"] == "text" and described["dim"] == encoder.dim and len(described["sha256"]) == 64
     assert str(tiny_tumor_model) not in str(described)
+
+
+def test_weights_that_are_missing_are_not_filled_in(tiny_tumor_model, encoder, tmp_path):
+    def changed(change):
+        folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text", dirs_exist_ok=True)
+        change_tensors(folder / "model.safetensors", change)
+        return folder
+
+    def without(part):
+        return changed(lambda tensors: {k: v for k, v in tensors.items() if part not in k})
+
+    refuses(
+        "the text encoder text lacks 2 weights .encoder.layer.0.output.dense", source=without("layer.0.output.dense")
+    )
+    refuses(
+        "holds in excess .* weights", source=changed(lambda t: {**t, "encoder.layer.7.output.bias": torch.zeros(1)})
+    )
+    refuses("lacks .* weights", source=changed(lambda tensors: {f"roberta.{k}": v for k, v in tensors.items()}))
+    bert = changed(lambda t: {f"bert.{k}": v for k, v in t.items()} | {"cls.predictions.bias": torch.zeros(3)})
+    torch.testing.assert_close(TextEncoder(bert, device="cpu").embed(["liver"]), encoder.embed(["liver"]))
+    headless = TextEncoder(without("pooler"), device="cpu")
+    torch.testing.assert_close(headless.embed(["liver"]), encoder.embed(["liver"]))

@@ -1,8 +1,8 @@
 """Reading attention and features out of a frozen diffusers UNet during one forward pass.
 
 Default attention kernels never form the probabilities, so the recorded layers run a processor of their own: it computes
-the same output block of query rows by block, and adds the head average of every block to a running sum. At no time does
-a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
+the same output block of query rows by block, and adds the probabilities of every block to a running sum over heads. At no
+time does a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-BLOCK_ELEMENTS = 1 << 20
-"""Probabilities held at once (all heads of some query rows): 4 MB in float32, so that they stay in a core's cache."""
+BLOCK_ELEMENTS = 1 << 19
+"""Probabilities held at once: 2 MB in float32."""
 
 
 @dataclass
@@ -31,25 +31,59 @@ class Recording:
     self_attention: dict[int, Tensor] = field(default_factory=dict)
     cross_attention: dict[int, Tensor] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
-    _layers: dict[tuple[str, int], int] = field(default_factory=dict)
+    _maps: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def _sum(self, kind: str, shape: tuple[int, int, int], device) -> Tensor:
+    def _sum(self, kind: str, shape: tuple[int, int, int], heads: int, device) -> Tensor:
+        """What a layer adds the probabilities of all its heads to."""
         store = getattr(self, kind)
         n = shape[1]
-        self._layers[kind, n] = self._layers.get((kind, n), 0) + 1
+        self._maps[kind, n] = self._maps.get((kind, n), 0) + heads
         if n not in store:
             store[n] = torch.zeros(shape, dtype=torch.float32, device=device)
         return store[n]
 
     @torch.inference_mode()  # the passes may have run in it, and then only it may change what they left
     def _average(self) -> None:
-        for (kind, n), layers in self._layers.items():
-            getattr(self, kind)[n].div_(layers)
-        self._layers.clear()
+        for (kind, n), maps in self._maps.items():
+            getattr(self, kind)[n].div_(maps)
+        self._maps.clear()
+
+
+def _read_together(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+    """Attention of all heads at once, some query rows after the other: few kernels, as a GPU wants it.
+
+    Args:
+        query: (heads, n, d), scaled.
+        key: (heads, d, m).
+        value: (heads, m, d).
+        total: (n, m), which the probabilities are added to.
+        output: (heads, n, d), written.
+    """
+    rows = max(1, BLOCK_ELEMENTS // (len(query) * key.shape[-1]))
+    for start in range(0, query.shape[1], rows):
+        block = slice(start, start + rows)
+        probabilities = torch.matmul(query[:, block], key).softmax(-1)
+        total[block] += probabilities.sum(0, dtype=total.dtype)
+        output[:, block] = torch.matmul(probabilities.to(value.dtype), value)
+
+
+def _read_by_heads(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+    """The same, one head after the other in one piece of memory: a CPU's products want many rows and a full cache."""
+    tokens, width = query.shape[1], key.shape[-1]
+    rows = min(tokens, max(1, BLOCK_ELEMENTS // width))
+    scratch = query.new_empty(rows, width)
+    for start in range(0, tokens, rows):
+        block = slice(start, start + rows)
+        part = scratch[: min(rows, tokens - start)]
+        for head in range(len(query)):
+            torch.mm(query[head, block], key[head], out=part)
+            torch.softmax(part, -1, out=part)
+            total[block] += part
+            output[head, block] = torch.mm(part.to(value.dtype), value[head])
 
 
 class _RecordingProcessor:
-    """A diffusers attention processor that equals the default one and adds the head-mean probabilities to a recording."""
+    """A diffusers attention processor that equals the default one and adds its probabilities to a recording."""
 
     def __init__(self, recording: Recording, kind: str):
         self.recording, self.kind = recording, kind
@@ -67,16 +101,11 @@ class _RecordingProcessor:
         dtype = query.dtype
         if attn.upcast_attention or attn.upcast_softmax:
             query, key = query.float(), key.float()
-        key = key.transpose(-1, -2)
-        total = self.recording._sum(self.kind, (batch, tokens, key.shape[-1]), query.device)
+        total = self.recording._sum(self.kind, (batch, tokens, key.shape[2]), heads, query.device)
         output = torch.empty_like(query, dtype=dtype)
-        rows = max(1, BLOCK_ELEMENTS // (heads * key.shape[-1]))
+        read = _read_by_heads if query.device.type == "cpu" else _read_together
         for b in range(batch):
-            for start in range(0, tokens, rows):
-                block = slice(start, start + rows)
-                probabilities = torch.matmul(query[b, :, block], key[b]).softmax(-1)
-                total[b, block] += probabilities.mean(0)
-                output[b, :, block] = torch.matmul(probabilities.to(dtype), value[b])
+            read(query[b], key[b].transpose(-1, -2).contiguous(), value[b], total[b], output[b])
         output = output.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
