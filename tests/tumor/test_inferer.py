@@ -216,10 +216,10 @@ def test_mr_given_as_ct_is_doubted_with_the_reason(make, volume):
 def test_hu_out_of_range_and_unknown_organs_are_noted(make, volume):
     wild = volume.copy()
     wild[0, :3] = 1e5
-    details = make().segment(wild, affine=AFFINE, modality="ct", organ="lver").details
-    assert any("lie outside HU" in note for note in details["notes"])
-    assert any("did you mean 'liver'" in note for note in details["notes"])
-    assert details["tumor"] == "lver tumour"
+    result = make().segment(wild, affine=AFFINE, modality="ct", organ="lver")
+    assert any("lie outside HU" in note for note in result.notes)
+    assert any("did you mean 'liver'" in note for note in result.notes)
+    assert result.details["tumor"] == "lver tumour"
 
 
 @pytest.mark.parametrize(
