@@ -35,8 +35,8 @@ SMALLEST = 48
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 0.6, 0.05
 """A mark changes a disc of this share of its depth at least; and from the third mark on, at most so many discs of its depth, or this
 share of the answer divided by the number of corrections, but not below the last number of it. Chosen on development images."""
-SAY = 0.6
-"""Weight of a first candidate's IoU with the rule's answer, beside its estimated IoU. Chosen on development images."""
+SURE = 0.7
+"""Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
 STROKE_TOKENS = 6
 """Tokens of a stroke from which attention is followed."""
 
@@ -168,7 +168,7 @@ class Session:
         head: the trained network.
         image: (3, H, W) in [0, 1].
         readout: the frozen model's maps of that image, or None to go without.
-        rule: (H, W) bool that attention alone gives for a first event, or None; it has a say in which candidate is shown.
+        rule: (H, W) bool that attention alone gives for a first event, or None; it answers where the head is unsure.
     """
 
     def __init__(
@@ -275,9 +275,12 @@ class Session:
         prior = self.rule(events[0])
         if prior is None:
             return answer
-        said = [np.count_nonzero(m & prior) / max(1, np.count_nonzero(m | prior)) for m in answer.candidates]
-        shown = int(np.argmax(np.array(answer.estimates) + SAY * np.array(said)))
-        return self._pasted(logits, quality, shown, window, marks, None)
+        if max(answer.estimates) >= SURE:
+            return answer
+        # Nested around the rule's answer, which is shown.
+        candidates = np.stack([answer.candidates[0] & prior, prior, answer.candidates[2] | prior])
+        candidates = np.stack([obey(mask, marks) for mask in candidates])
+        return replace(answer, mask=candidates[1], candidates=candidates, shown=1)
 
     def _mend(self, events, marks, box, before) -> Answer:
         size = tuple(self.image.shape[1:])
