@@ -140,6 +140,7 @@ def test_dicom_gets_a_dicom_seg(inferer, tmp_path, out):
     assert not [f for f in without["cases"][0]["files"] if f.endswith(".dcm")]
 
 
+@pytest.mark.slow
 def test_a_picture_of_64_million_pixels(inferer, tmp_path, out):
     picture = Image.new("1", (8000, 8000))
     picture.paste(1, (1000, 2000, 5000, 6000))

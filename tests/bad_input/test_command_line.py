@@ -140,6 +140,7 @@ def sources(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
 @given(entry=st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3))
 @example(entry={"points": [[1e308, 1]]})

@@ -300,7 +300,7 @@ def done_of(out: Path) -> dict[str, dict]:
 
 
 def wait_for(out: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while len(done_of(out)) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
@@ -308,7 +308,7 @@ def wait_for(out: Path, count: int, process: subprocess.Popen) -> None:
 
 def ended(process: subprocess.Popen) -> tuple[int, str, list[str]]:
     """Exit code, what it printed, and what it said on stderr, a line each."""
-    printed, said = process.communicate(timeout=240)
+    printed, said = process.communicate(timeout=600)
     assert "Traceback" not in said, said
     return process.returncode, printed, [line for line in said.splitlines() if line.startswith("zeroseg: ")]
 

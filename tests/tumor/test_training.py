@@ -69,6 +69,7 @@ def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initi
     )
 
 
+@pytest.mark.slow
 def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(model, out)
@@ -106,6 +107,7 @@ def test_steps_change_the_adapters_and_a_seed_fixes_them(model, material, tmp_pa
     assert {"log_temperature", "bias", "stages.0.center", "stages.2.adapt.0.weight"} <= changed
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
     whole = trainer(model, material, tmp_path / "whole")
     whole.run()
@@ -218,6 +220,7 @@ def test_a_crop_holds_some_of_the_lesion():
         assert set(piece[0, 0][part].tolist()) <= set(volume[0, 0][target].tolist())
 
 
+@pytest.mark.slow
 def test_the_backbone_script_trains_resumes_and_exports(material, tmp_path):
     real = f"mr={material / 'mr' / 'images'}"
     arguments = ["--real", real, "--phantoms", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
