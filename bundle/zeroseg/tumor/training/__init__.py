@@ -15,7 +15,7 @@ from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.questions import Questions
 from zeroseg.tumor.training.samples import CaseReader, Sampling, cropped
 from zeroseg.tumor.training.terms import volume_terms, voxel_terms
-from zeroseg.tumor.training.trainer import AdapterTrainer, Schedule, write_sums
+from zeroseg.tumor.training.trainer import AdapterTrainer, Schedule
 
 __all__ = [
     "AdapterTrainer",
@@ -32,5 +32,4 @@ __all__ = [
     "refuse_held_out",
     "volume_terms",
     "voxel_terms",
-    "write_sums",
 ]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.hashing import file_sha256
+from zeroseg.backbones.weights import write_sums
 from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
@@ -278,10 +278,3 @@ class AdapterTrainer:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_sums(folder: Path) -> None:
-    """List every file of a model folder but its README in ``SHA256SUMS``."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("SHA256SUMS", "README.md"))
-    sums = (f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files)
-    (folder / "SHA256SUMS").write_text("".join(sums))
