@@ -95,6 +95,14 @@ def test_json_is_all_that_is_on_stdout(picture, tiny, tmp_path, capsys):
     assert "1 of 2 cases segmented" in printed.err
 
 
+def test_a_preset_and_words_while_reading(picture, tiny, tmp_path, capsys):
+    given = ["segment", picture, "--output-dir", tmp_path / "out", "--preset", "diffseg", *tiny]
+    assert main([*map(str, given), "--condition", "a cell"]) == 0
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert (settings["refine"], settings["assign"], settings["condition"]) == ("none", "argmax", "a cell")
+    assert "words cannot begin with $" in refused(capsys, *given, "--condition", "$1/0")
+
+
 def test_a_tumour_by_words(tiny_tumor_model, picture, tmp_path):
     model = ["--backbone", str(tiny_tumor_model), "--adapters", str(tiny_tumor_model)]
     model += ["--text-encoder", str(tiny_tumor_model / "text"), "--stages", "aova", "--device", "cpu"]
@@ -122,6 +130,7 @@ def test_a_tumour_by_words(tiny_tumor_model, picture, tmp_path):
         (["segment", "{picture}", "--output-dir", "{out}", "--set", "speed=9"], "has no setting 'speed'"),
         (["segment", "{picture}", "--output-dir", "{out}", "--backbone", "nowhere"], "'nowhere' is neither"),
         (["tumor", "{picture}", "--output-dir", "{out}", "--organ", "$1/0"], "words cannot begin with $"),
+        (["tumor", "{picture}", "--output-dir", "{out}", "--unet", "nowhere.pt"], "autoencoder"),
         (["serve", "--studies", "nowhere"], "neither a folder nor a URL"),
         (["serve", "--app", "nowhere"], "there is no app in"),
         (["evaluate", "--images", "x", "--out", "{out}"], "give either --images with --masks, or --suite"),

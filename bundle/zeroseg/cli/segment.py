@@ -18,7 +18,7 @@ import argparse
 from typing import Any
 
 from zeroseg.cli.parser import Parser
-from zeroseg.cli.shared import add_json, add_model, add_set, given, numbers, run_cases
+from zeroseg.cli.shared import add_json, add_model, add_set, given, numbers, run_cases, words
 from zeroseg.errors import ZeroSegError
 
 
@@ -37,6 +37,8 @@ def add_arguments(parser: Parser) -> None:
     prompt.add_argument("--text", help="words for what is meant, in every image without a prompt of its own")
     prompt.add_argument("--prompts", help="prompts.json: prompts by case")
     how = parser.add_argument_group("how")
+    how.add_argument("--preset", choices=["diffseg"], help="DiffSeg as it was published; options beside it stay")
+    how.add_argument("--condition", help="words the model is told while it reads the images")
     how.add_argument("--affinity", choices=["attention", "features", "both"], help="default attention")
     how.add_argument("--thresholds", help="DiffSeg's KL thresholds, such as 1,1,1 (default auto: found per image)")
     how.add_argument("--max-segments", type=int, help="most segments that auto thresholds leave")
@@ -49,13 +51,16 @@ def add_arguments(parser: Parser) -> None:
     add_set(how)
     add_model(parser, "embedded (default), a folder of a Stable Diffusion pipeline, or a hub id with --revision")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--variant", help="which copy of the weights is read: fp16 or non_ema")
     add_json(parser, "manifest.json")
 
 
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
-    settings = given(args, "select", "affinity", "max_segments", "refine", "resolution", "seed")
-    settings |= given(args, "backbone", "revision", "device", "dtype")
+    settings = given(args, "preset", "select", "affinity", "max_segments", "refine", "resolution", "seed")
+    settings |= given(args, "backbone", "revision", "variant", "device", "dtype")
+    if args.condition is not None:
+        settings["condition"] = words(args.condition)
     if args.thresholds is not None:
         settings["thresholds"] = "auto" if args.thresholds == "auto" else numbers(args.thresholds, "--thresholds")
     window = None if args.window is None else numbers(args.window, "--window", 2)

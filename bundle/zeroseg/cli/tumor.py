@@ -29,9 +29,10 @@ def add_arguments(parser: Parser) -> None:
     how.add_argument("--steps", type=int, help="of inpainting")
     how.add_argument("--seed", type=int)
     add_set(how)
-    add_model(
-        parser, "embedded (default), or a folder in that layout; files of MAISI: --set autoencoder=FILE --set unet=FILE"
-    )
+    add_model(parser, "embedded (default), or a folder in that layout")
+    parser.add_argument("--autoencoder", metavar="FILE", help="of MAISI, in place of the backbone; needs --unet")
+    parser.add_argument("--unet", metavar="FILE", help="of MAISI; needs --autoencoder, and --adapters trained for it")
+    parser.add_argument("--contrast", help="of MR, for MAISI's models of MR: t1, t2, flair, ...")
     parser.add_argument("--adapters", help="folder of adapters (default embedded)")
     parser.add_argument("--text-encoder", help="a transformers folder (default embedded)")
     add_json(parser, "manifest.json")
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings: dict[str, Any] = {name: words(text) for name, text in given(args, "organ", "tumor").items()}
     settings |= given(args, "modality", "steps", "seed", "backbone", "device", "dtype", "adapters", "text_encoder")
+    settings |= given(args, "autoencoder", "unet", "contrast")
     if args.stages is not None:
         settings["stages"] = [stage.strip() for stage in args.stages.split(",")]
     runner = build_runner(
