@@ -104,7 +104,7 @@ def test_a_change_stops_where_a_mark_of_the_other_kind_is_nearer():
     before = np.zeros(SIZE, bool)
     before[:, :20] = True
     marks = np.zeros(SIZE, np.uint8)
-    marks[32, 5], marks[32, 60], marks[32, 25] = 1, 2, 1
+    marks[32, 60], marks[32, 25] = 2, 1
     logits = np.full(SIZE, 5.0, np.float32)
     after = mend(before, logits, WHOLE, [(32, 25, 1)], marks)
     assert after[32, 40] and not after[32, 44]
