@@ -209,7 +209,9 @@ class AttentionSegmentationInferer(Inferer):
                 distance = encoded.distance(proposals)
                 posterior = (-distance / distance.amin(0).mean().clamp_min(1e-12)).softmax(0)
             else:
-                posterior = proposals / proposals.sum(0, keepdim=True).clamp_min(1e-12)
+                # DiffSeg enlarges the proposals as they are; a guided filter needs shares.
+                whole = proposals.max() if self.refine == "none" else proposals.sum(0, keepdim=True)
+                posterior = proposals / whole.clamp_min(1e-12)
             frame = rules.border_tokens(encoded.side).to(proposals.device)
             unlike_frame = rules.frame_relevance(encoded.distance, frame)
             owner = posterior.argmax(0)
