@@ -263,15 +263,15 @@ def test_the_config_has_what_monai_asks_of_an_inference_workflow(tiny_pipeline, 
 
 
 def test_every_setting_of_the_inferer_can_be_given():
-    import inspect
+    import dataclasses
 
-    from zeroseg.interaction.inferer import AttentionSegmentationInferer
+    from zeroseg.interaction.settings import Settings
 
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "inference.yaml"))
     given = {k: v for k, v in parser["inferer"].items() if not k.startswith("_")}
-    parameters = inspect.signature(AttentionSegmentationInferer).parameters
-    assert set(given) <= set(parameters)
-    for name in set(given) - {"backbone", "progress"}:
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    assert {"refiner", "refine", "select"} <= set(given) - {"backbone", "preset"} <= set(defaults)
+    for name in set(given) - {"backbone", "progress", "preset"}:
         assert given[name] == f"@{name}"
-        assert parser[name] == parameters[name].default, f"{name}: the config's default is the class's"
+        assert parser[name] == defaults[name], f"{name}: the config's default is the class's"

@@ -234,6 +234,10 @@ class AttentionSegmentationInferer(Inferer):
         return self._finish(encoded, table[labels], confidence, prompts, seconds, details)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+        if self.refiner == "rules" and prompts.mask is None and not prompts.shows_object:
+            # Only a box says where the object is: its answer is what the background clicks correct.
+            first = self._frame(encoded, dataclasses.replace(prompts, rule="box"), {}).labels > 0
+            prompts = dataclasses.replace(prompts, mask=first)
         refine = answer_by_head if self.refiner == "head" else answer_clicks
         with timed(seconds, "select"):
             mask, confidence, details = refine(encoded, prompts, self._settings)

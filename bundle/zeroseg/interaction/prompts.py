@@ -46,6 +46,11 @@ class Prompts:
     mask: np.ndarray | None = None
     candidate: int | None = None
 
+    @property
+    def shows_object(self) -> bool:
+        """Whether a click or a stroke lies on the object."""
+        return any(self.labels) or (self.scribbles is not None and bool((self.scribbles == 1).any()))
+
 
 def check_prompts(
     shape: Sequence[int],
@@ -82,7 +87,10 @@ def check_prompts(
     strokes, start = _scribbles(scribbles, shape), _mask(mask, shape)
     corners = _box(box, extent)
     if rule == "points" and not (
-        any(kinds) or (start is not None and start.any()) or (strokes is not None and (strokes == 1).any())
+        any(kinds)
+        or corners is not None
+        or (start is not None and start.any())
+        or (strokes is not None and (strokes == 1).any())
     ):
         raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
     words = check_text(text) if rule == "text" else None
