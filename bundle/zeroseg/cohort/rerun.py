@@ -14,6 +14,7 @@ import torch
 from zeroseg.cases import CaseRunner
 from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import Case, file_sha256, find_cases, write_json
 
 CONFIGS = {
@@ -120,9 +121,15 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     runner = build_runner(find_config(CONFIGS[manifest["inferer"]]), given, output)
     changed = {key.replace("::", "#").split("#")[-1] for key in settings}
     own = set(runner.inferer.settings()) - {*WEIGHTS, *changed}
+    mine = {name: value for name, value in manifest["settings"].items() if name in own and name not in runner.options}
     for name, value in manifest["settings"].items():
-        if name in runner.options or name in own:
-            setattr(runner if name in runner.options else runner.inferer, name, value)
+        if name in runner.options:
+            setattr(runner, name, value)
+    if isinstance(runner.inferer, AttentionSegmentationInferer):
+        runner.inferer = runner.inferer.replace(**mine)
+    else:
+        for name, value in mine.items():
+            setattr(runner.inferer, name, value)
     threads = manifest.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 1024:
         torch.set_num_threads(threads)  # sums are rounded in the order they are shared out
