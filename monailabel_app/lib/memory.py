@@ -74,14 +74,14 @@ class CachedInferer(AttentionSegmentationInferer):
         self.encodings: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit, bytes_of)
         self.remains: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit // 10, bytes_of)
 
-    def encode_prepared(self, full: Tensor) -> EncodedImage:
+    def encode_prepared(self, full: Tensor, text: str | None = None) -> EncodedImage:
         """``encode_prepared`` of the bundle, or its earlier answer; stops where nobody waits for the answer any more."""
         stop_if_abandoned()
         self.check()
         # A copy, unless it is the image itself: a view would keep its whole volume in memory.
         full = full.contiguous()
         content = hashlib.sha256(full.cpu().numpy()).hexdigest()
-        key = (content, tuple(full.shape), self.backbone.fingerprint, self.encoding_key)
+        key = (content, tuple(full.shape), self.backbone.fingerprint, self.encoding_key, text)
         encoded = self.encodings.get(key)
         if encoded is not None:
             # This call spends no time on it.
@@ -89,13 +89,13 @@ class CachedInferer(AttentionSegmentationInferer):
             return encoded
         left = self.remains.get(key)
         # What a prompt recalls for it lives as long as the prompt, not as long as the memory.
-        return self._encode(key, full) if left is None else left.fresh()
+        return self._encode(key, full, text) if left is None else left.fresh()
 
-    def _encode(self, key: Hashable, full: Tensor) -> EncodedImage:
-        encoded = super().encode_prepared(full)
+    def _encode(self, key: Hashable, full: Tensor, text: str | None) -> EncodedImage:
+        encoded = super().encode_prepared(full, text)
         start = time.perf_counter()
         # Measured now, because the attention may be gone when the next click comes.
-        self.remains.put(key, encoded.without_attention(lambda: self._encode(key, full)))
+        self.remains.put(key, encoded.without_attention(lambda: self._encode(key, full, text)))
         encoded.seconds["paths"] = time.perf_counter() - start
         self.encodings.put(key, encoded)
         return encoded
