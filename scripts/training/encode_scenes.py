@@ -11,7 +11,6 @@ unlabelled images whose terms allow it, with pseudo-objects found by colour. No 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -24,13 +23,13 @@ from tqdm import tqdm
 
 from phantoms import make_phantom
 from scenes import MOST_PIECES, make_scene, pseudo_objects
+from train_backbone import licensed
 from zeroseg.attention import AttentionSegmentationInferer
 
 SIZE = 256
 MAPS = 3
 RESOLUTION = 192
 """Side at which scenes are encoded: a third of the cost of 256, and 48 tokens a side in place of 64 to a head that reads maps."""
-ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")
 UNLABELLED = ("blood_bccd", "nuclei_dsb2018", "cxr_ieee8023")
 """Folders of unlabelled images whose terms (MIT, CC0, row by row) allow training; the others state none, or others."""
 
@@ -43,9 +42,7 @@ def real_images(unlabelled: Path | None, training: Path | None) -> list[list[Pat
             files = sorted((unlabelled / name).iterdir())
             rows = unlabelled / f"{name}_licences.csv"
             if rows.is_file():
-                with open(rows, newline="") as f:
-                    allowed = {r["stem"] for r in csv.DictReader(f) if r["licence"] in ALLOWED_LICENCES}
-                files = [p for p in files if p.stem in allowed]
+                files = licensed(files, rows)
             folders.append(files)
     if training is not None:
         folders += [sorted((d / "images").iterdir()) for d in sorted(training.iterdir()) if (d / "images").is_dir()]

@@ -40,6 +40,13 @@ from zeroseg.backbones.weights import write_sums
 ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")
 
 
+def licensed(files: list[Path], rows: Path) -> list[Path]:
+    """Those of a folder's files whose row (columns ``stem`` and ``licence``) states an allowed licence."""
+    with open(rows, newline="") as f:
+        allowed = {row["stem"] for row in csv.DictReader(f) if row["licence"] in ALLOWED_LICENCES}
+    return [p for p in files if p.stem in allowed]
+
+
 @dataclass(frozen=True)
 class Source:
     """Terms and captions of a known folder of unlabelled images."""
@@ -114,9 +121,7 @@ class Corpus:
         for folder, source in folders:
             names = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".bmp"))
             if source.licence == "rows":
-                with open(folder.parent / f"{folder.name}_licences.csv", newline="") as f:
-                    allowed = {row["stem"] for row in csv.DictReader(f) if row["licence"] in ALLOWED_LICENCES}
-                names = [p for p in names if p.stem in allowed]
+                names = licensed(names, folder.parent / f"{folder.name}_licences.csv")
             self.counts[folder.name] = len(names)
             self.real.append([(np.asarray(Image.open(p).convert("RGB")), source.captions) for p in names])
         self.phantoms = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
+from attention_maps import three_squares
 from zeroseg.attention import EncodedImage, rules
 from zeroseg.interaction.clicks import answer_clicks
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -17,13 +17,7 @@ SIDE, SIZE = 16, (64, 64)
 
 @pytest.fixture(scope="module")
 def encoded() -> EncodedImage:
-    """Three squares, attention and image alike: two touch, one stands alone."""
-    regions = np.zeros((SIDE, SIDE), np.int64)
-    regions[2:7, 2:6], regions[2:7, 6:10], regions[10:14, 10:14] = 1, 2, 3
-    label = torch.from_numpy(regions.flatten())
-    maps = torch.where(label[:, None] == label[None], 6.0, 1.0)
-    image = torch.from_numpy(np.kron(regions, np.ones((4, 4))).astype(np.float32)).expand(3, -1, -1) / 3
-    return EncodedImage(image.contiguous(), SIZE, torch.zeros(1, 4, 8, 8), maps / maps.sum(-1, keepdim=True))
+    return three_squares()
 
 
 def answer(encoded, points, labels=None, **given):

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
+from attention_maps import three_squares
 from zeroseg.attention import EncodedImage
 from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import WeightsError, ZeroSegError
@@ -15,19 +15,13 @@ from zeroseg.interaction.head import Window
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.promptable import Event, Session, load_head, mend
 
-SIDE, SIZE = 16, (64, 64)
+SIZE = (64, 64)
 WHOLE = Window(0, 0, *SIZE)
 
 
 @pytest.fixture(scope="module")
 def encoded() -> EncodedImage:
-    """Three bright squares on a dark ground, attention and image alike: two touch, one stands alone."""
-    regions = np.zeros((SIDE, SIDE), np.int64)
-    regions[2:7, 2:6], regions[2:7, 6:10], regions[10:14, 10:14] = 1, 2, 3
-    label = torch.from_numpy(regions.flatten())
-    maps = torch.where(label[:, None] == label[None], 6.0, 1.0)
-    image = torch.from_numpy(np.kron(regions, np.ones((4, 4))).astype(np.float32)).expand(3, -1, -1) / 3
-    return EncodedImage(image.contiguous(), SIZE, torch.zeros(1, 4, 8, 8), maps / maps.sum(-1, keepdim=True))
+    return three_squares()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def test_a_mark_that_the_network_ignores_changes_a_disc():
     marks = np.zeros(SIZE, np.uint8)
     marks[32, 32] = 2
     stubborn = np.where(before, 9.0, -9.0).astype(np.float32)
-    after = mend(before, stubborn, WHOLE, [(32, 32, 2)], marks)
+    after = mend(before, stubborn[None], WHOLE, [(32, 32, 2)], marks)[0]
     assert not after[32, 32] and after[17, 17] and 50 < np.count_nonzero(before & ~after) < 700
 
 
@@ -96,7 +90,7 @@ def test_only_what_is_connected_to_the_mark_changes():
     marks = np.zeros(SIZE, np.uint8)
     marks[20, 20] = marks[35, 20] = 1
     logits = np.where(wish, 5.0, -5.0).astype(np.float32)
-    after = mend(before, logits, WHOLE, [(35, 20, 1)], marks)
+    after = mend(before, logits[None], WHOLE, [(35, 20, 1)], marks)[0]
     assert np.array_equal(after, truth(np.s_[10:40], np.s_[10:30]))
 
 
@@ -106,7 +100,7 @@ def test_a_change_stops_where_a_mark_of_the_other_kind_is_nearer():
     marks = np.zeros(SIZE, np.uint8)
     marks[32, 60], marks[32, 25] = 2, 1
     logits = np.full(SIZE, 5.0, np.float32)
-    after = mend(before, logits, WHOLE, [(32, 25, 1)], marks)
+    after = mend(before, logits[None], WHOLE, [(32, 25, 1)], marks)[0]
     assert after[32, 40] and not after[32, 44]
 
 

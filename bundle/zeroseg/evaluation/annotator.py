@@ -28,9 +28,14 @@ def innermost(region: np.ndarray) -> tuple[int, ...]:
 
 def anywhere(region: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
     """Index of a random pixel, two or more from the boundary where there are such (RClicks, arXiv 2410.11722, in spirit)."""
-    depth = depth_inside(region)
-    places = np.argwhere(depth >= min(2.0, float(depth.max())))
+    places = _off_the_edge(region)
     return tuple(int(i) for i in places[rng.integers(len(places))])
+
+
+def _off_the_edge(region: np.ndarray) -> np.ndarray:
+    """Indices of the pixels two or more from the boundary; of the deepest ones where there are no such."""
+    depth = depth_inside(region)
+    return np.argwhere(depth >= min(2.0, float(depth.max())))
 
 
 def next_click(
@@ -116,8 +121,7 @@ def innermost_point(component: np.ndarray) -> tuple[int, int]:
 
 def any_point(component: np.ndarray, stem: str) -> tuple[int, int]:
     """(x, y) of a pixel drawn evenly by a hash of the case's name; two pixels or more from the boundary where there are such."""
-    depth = depth_inside(component)
-    candidates = np.argwhere(depth >= min(2.0, float(depth.max())))
+    candidates = _off_the_edge(component)
     y, x = candidates[int(hashlib.sha256(f"click {stem}".encode()).hexdigest(), 16) % len(candidates)]
     return int(x), int(y)
 

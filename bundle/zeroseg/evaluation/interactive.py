@@ -35,23 +35,24 @@ Curves = dict[str, dict[str, list[Curve]]]
 """Protocol -> method -> one curve an object."""
 
 
-def run_interactive(
-    methods: dict, sample: Sample, protocols: Sequence[str], clicks: int, curves: Curves, baselines: bool = True
-) -> None:
+def run_interactive(methods: dict, sample: Sample, protocols: Sequence[str], clicks: int, curves: Curves) -> None:
     """Run the interactive protocols on one image and add what they gave to ``curves``.
 
     Args:
-        methods: name -> inferer; each encodes the image once.
+        methods: name -> inferer; those that differ in how they answer share one encoding.
         sample: the image; its largest component is the object.
         protocols: of ``INTERACTIVE``.
         clicks: of a curve.
         curves: is added to; ``defaultdict(lambda: defaultdict(list))``.
-        baselines: drive GrabCut and the random walker too.
     """
     truth = sample.component
     size = truth.shape
+    encodings: dict = {}
     for name, inferer in methods.items():
-        encoded = inferer.encode(sample.image)
+        key = id(inferer.backbone), inferer.encoding_key
+        if key not in encodings:
+            encodings[key] = inferer.encode(sample.image)
+        encoded = encodings[key].fresh()
 
         def answer(points, labels, inferer=inferer, encoded=encoded, **further):
             return inferer.predict(encoded, select="points", points=points, labels=labels, **further).labels > 0
@@ -75,8 +76,6 @@ def run_interactive(
                     curves[f"scribbles_{kind}"][name].append(_single(mask, truth))
         if "clicks" in protocols and inferer.refiner == "head":
             curves["clicks"][f"oracle_best_of_three ({name})"].append(_best_of_three(inferer, encoded, sample))
-    if not baselines:
-        return
     for name, method in (("GrabCut", grabcut_marks), ("random walker", random_walker_marks)):
         for protocol in protocols:
             if protocol in ("clicks", "clicks_random"):

@@ -135,9 +135,14 @@ def _by_rule(encoded: EncodedImage, event: Event, refine: str) -> np.ndarray | N
     seeds = [(row, column) for row, column, kind in event.marks if kind == 1]
     if not seeds:
         return None
-    tokens = {row * encoded.side // height * encoded.side + column * encoded.side // width for row, column in seeds}
+    tokens = {_token(row, column, encoded.side, height, width) for row, column in seeds}
     relevance = rules.click_relevance(encoded.paths, sorted(tokens)[:STROKE_TOKENS])
     return rules.cut(encoded.upsample(relevance[None], refine)[0].cpu().numpy(), seeds)[0]
+
+
+def _token(row: int, column: int, side: int, height: int, width: int) -> int:
+    """The token under a pixel of the working grid, as the head was trained to see it."""
+    return row * side // height * side + column * side // width
 
 
 def events_of(encoded: EncodedImage, prompts: Prompts) -> list[Event]:
@@ -263,7 +268,7 @@ class Session:
                     np.linspace(0, len(places) - 1, min(STROKE_TOKENS, len(places))).round().astype(int)
                 ):
                     row, column, _ = places[at]
-                    near, alike = self.readout.relevance(row * side // height * side + column * side // width)
+                    near, alike = self.readout.relevance(_token(row, column, side, height, width))
                     np.maximum(maps[kind - 1], near, out=maps[kind - 1])
                     np.maximum(maps[kind + 1], alike, out=maps[kind + 1])
         return torch.from_numpy(maps.reshape(6, side, side))
@@ -273,17 +278,18 @@ class Session:
         size = tuple(self.image.shape[1:])
         window = Window(0, 0, *size) if box is None else _around(size, box, MARGIN)
         logits, quality = self.look(events, marks, box, None, window)
-        answer = self._pasted(logits, quality, int(quality.argmax()), window, marks, None)
+        candidates = np.stack([keep_marked(obey(full > 0, marks), marks) for full in self._full(logits, window)])
+        answer = self._shown(candidates, logits, quality, int(quality.argmax()), window)
         prior = self.rule(events[0])
         if prior is None:
             return answer
         if max(answer.estimates) >= SURE:
-            said = [np.count_nonzero(m & prior) / max(1, np.count_nonzero(m | prior)) for m in answer.candidates]
+            said = [np.count_nonzero(m & prior) / max(1, np.count_nonzero(m | prior)) for m in candidates]
             shown = int(np.argmax(np.array(answer.estimates) + SAY * np.array(said)))
-            return self._pasted(logits, quality, shown, window, marks, None)
+            return self._shown(candidates, logits, quality, shown, window)
         # Nested around the rule's answer, which is shown.
-        candidates = np.stack([answer.candidates[0] & prior, prior, answer.candidates[2] | prior])
-        candidates = np.stack([obey(mask, marks) for mask in candidates])
+        nested = candidates[0] & prior, prior, candidates[2] | prior
+        candidates = np.stack([obey(mask, marks) for mask in nested])
         return replace(answer, mask=candidates[1], candidates=candidates, shown=1)
 
     def _mend(self, events, marks, box, before) -> Answer:
@@ -294,19 +300,17 @@ class Session:
             touched[row, column] = True
         window = _around(size, _bounds(before, touched), MARGIN)
         logits, quality = self.look(events, marks, box, before, window)
-        return self._pasted(logits, quality, int(quality.argmax()), window, marks, (before, newest))
+        candidates = mend(before, self._full(logits, window), window, newest, marks)
+        return self._shown(candidates, logits, quality, int(quality.argmax()), window)
 
-    def _pasted(self, logits, quality, shown, window, marks, edit) -> Answer:
-        size = tuple(self.image.shape[1:])
-        candidates = np.zeros((CANDIDATES, *size), bool)
-        for k in range(CANDIDATES):
-            full = np.full(size, -20.0, np.float32)
-            full[window.slices] = logits[k].numpy()
-            if edit is None:
-                candidates[k] = keep_marked(obey(full > 0, marks), marks)
-            else:
-                candidates[k] = mend(edit[0], full, window, edit[1], marks)
-        probability = np.zeros(size, np.float32)
+    def _full(self, logits: Tensor, window: Window) -> np.ndarray:
+        """(3, H, W) logits over the image; surely background outside of the window."""
+        full = np.full((CANDIDATES, *self.image.shape[1:]), -20.0, np.float32)
+        full[(slice(None), *window.slices)] = logits.numpy()
+        return full
+
+    def _shown(self, candidates: np.ndarray, logits: Tensor, quality: Tensor, shown: int, window: Window) -> Answer:
+        probability = np.zeros(candidates.shape[1:], np.float32)
         probability[window.slices] = logits[shown].sigmoid().numpy()
         return Answer(candidates[shown], probability, tuple(quality.tolist()), candidates, shown)
 
@@ -314,7 +318,7 @@ class Session:
 def mend(
     before: np.ndarray, logits: np.ndarray, window: Window, newest: Sequence[tuple[int, int, int]], marks: np.ndarray
 ) -> np.ndarray:
-    """The answer before, changed only where the newest marks ask for it.
+    """The answer before, changed only where the newest marks ask for it, once for each of K proposals.
 
     Of what the network would change, that is kept which is connected to the marks (after FocalClick, Chen et al. 2022), lies nearer
     to them than to any mark of the other kind, and is not out of proportion: a correction late in a session, or one made
@@ -322,19 +326,23 @@ def mend(
 
     Args:
         before: (H, W) bool.
-        logits: (H, W) float, meant within ``window``.
+        logits: (K, H, W) float, meant within ``window``.
         window: what the network saw.
         newest: (row, column, kind) of the last event.
         marks: (H, W) uint8, all marks so far.
+
+    Returns:
+        (K, H, W) bool.
     """
-    mask = before
+    proposed = np.repeat(before[None], len(logits), 0)
+    inside = (slice(None), *window.slices)
+    proposed[inside] = logits[inside] > 0
+    masks = np.repeat(before[None], len(logits), 0)
     for kind in (1, 2):
         places = [(r, c) for r, c, k in newest if k == kind]
         if not places:
             continue
         rows, columns = np.array(places).T
-        proposed = before.copy()
-        proposed[window.slices] = logits[window.slices] > 0
         wanted = before != (kind == 1)
         elsewhere = np.ones(before.shape, bool)
         elsewhere[rows, columns] = False
@@ -344,19 +352,19 @@ def mend(
             allowed = allowed & (away <= ndimage.distance_transform_edt(marks != 3 - kind))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
         depth = float(ndimage.distance_transform_edt(np.pad(wanted, 1))[1:-1, 1:-1][rows, columns].max())
-        change = (proposed != before) & allowed
-        if depth:
-            change |= (away < max(1.5, DISC * depth)) & allowed
-        parts, _ = ndimage.label(change)
-        change = np.isin(parts, np.setdiff1d(parts[rows, columns], [0]))
         done = int(np.count_nonzero(marks)) if len(newest) == 1 else 1
-        if done > 2:
-            share = LATE_SHARE * max(LEAST_SHARE, 1 / (done - 1))
-            most = max(share * np.count_nonzero(before), NEAR_DISCS * np.pi * depth**2)
-            if np.count_nonzero(change) > most:
+        share = LATE_SHARE * max(LEAST_SHARE, 1 / max(1, done - 1))
+        most = max(share * np.count_nonzero(before), NEAR_DISCS * np.pi * depth**2)
+        for k, proposal in enumerate(proposed):
+            change = (proposal != before) & allowed
+            if depth:
+                change |= (away < max(1.5, DISC * depth)) & allowed
+            parts, _ = ndimage.label(change)
+            change = np.isin(parts, np.setdiff1d(parts[rows, columns], [0]))
+            if done > 2 and np.count_nonzero(change) > most:
                 change &= away <= np.sort(away[change])[int(most)]
-        mask = np.where(change, kind == 1, mask)
-    return obey(mask, marks)
+            masks[k] = np.where(change, kind == 1, masks[k])
+    return np.stack([obey(mask, marks) for mask in masks])
 
 
 def agrees(event: Event, mask: np.ndarray) -> bool:
