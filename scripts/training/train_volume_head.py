@@ -31,11 +31,11 @@ from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
 from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
 
-TURNS = 3
-BATCH = 12
+TURNS = 4
+BATCH = 16
 AVERAGE = 0.997
 """Of the exponential moving average over steps that is exported."""
-POOL, USES = 96, 16
+POOL, USES = 96, 24
 """Scenes in memory, and episodes drawn from one before it is painted anew."""
 PHANTOMS, REAL = 0.22, 0.15
 """Share of the pool's scenes that are phantoms, and regions of real scans where some are given."""
@@ -47,7 +47,7 @@ class Pool:
     """Scenes to draw episodes from: (image, objects) where objects are bool masks or a painted scene."""
 
     def __init__(self, rng: np.random.Generator, unlabelled: Path | None):
-        self.rng, self.scans = rng, [_scan(p) for p in sorted(unlabelled.rglob("*.nii*"))] if unlabelled else []
+        self.rng, self.scans = rng, [_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else []
         self.items: list = []
         self.left: list[int] = []
 
@@ -209,7 +209,7 @@ class Episode:
         places = np.argwhere(region)
         at, flat = places[self.rng.integers(len(places))].astype(float), int(self.rng.integers(3))
         heading = self.rng.standard_normal(3)
-        for _ in range(int(self.rng.integers(3, 25))):
+        for _ in range(int(self.rng.integers(3, 19))):
             self.marks[kind].append(at.round().astype(int))
             for _ in range(5):
                 heading[flat] = 0
@@ -251,14 +251,14 @@ def spoil(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = mask
     if rng.random() < 0.6:
         change = ndimage.binary_dilation if rng.random() < 0.5 else ndimage.binary_erosion
-        out = change(out, iterations=int(rng.integers(1, 4)))
+        out = change(out, iterations=int(rng.integers(1, 3)))
     if rng.random() < 0.6:
         bumps = torch.from_numpy(rng.standard_normal((1, 1, 5, 5, 5)).astype(np.float32))
         bumps = F.interpolate(bumps, mask.shape, mode="trilinear", align_corners=True)[0, 0].numpy()
         signed = ndimage.distance_transform_edt(out) - ndimage.distance_transform_edt(~out)
-        out = signed + rng.uniform(1, 5) * bumps > 0
+        out = signed + rng.uniform(1, 4) * bumps > 0
     if rng.random() < 0.35:
-        at, r = rng.integers(0, CELLS, 3), rng.uniform(2, 9)
+        at, r = rng.integers(0, CELLS, 3), rng.uniform(2, 7)
         near = sum((x - c) ** 2 for x, c in zip(np.ogrid[:CELLS, :CELLS, :CELLS], at, strict=True)) < r * r
         out = (out | near) if rng.random() < 0.5 else (out & ~near)
     return out
@@ -314,7 +314,7 @@ def export(work: Path, out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--unlabelled", type=Path, help="folder of real scans (NIfTI) without masks")
+    parser.add_argument("--unlabelled", type=Path, help="folder with real scans (NIfTI) in folders named images")
     parser.add_argument("--minutes", type=float, default=60, help="of this call")
     parser.add_argument("--steps", type=int, default=6000, help="the learning rate falls over the last third of them")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -382,14 +382,14 @@ def main() -> int:
             if turn < TURNS - 1:
                 for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
                     episode.answer(given[k])
-        if step % 60 == 0:
+        if step % 40 == 0:
             line = {"step": step, "seconds": round(time.monotonic() - start), "rate": round(rate(), 6)}
             line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
             log.clear()
             print(json.dumps(line), flush=True)
             with open(args.work / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-        if step % 300 == 0:
+        if step % 200 == 0:
             save()
     save()
     return 0

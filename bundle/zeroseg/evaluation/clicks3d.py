@@ -232,12 +232,12 @@ def evaluate_clicks3d(
             volume = load_volume(image_case, mask_case, None)
             if not volume.truth.any():
                 raise ZeroSegError(f"{mask_case.paths[0]}: the mask is empty, so there is nothing to click on")
-            found = run_clicks3d(methods, volume, protocols, clicks)
+            answered = run_clicks3d(methods, volume, protocols, clicks)
         except ZeroSegError as error:
             failed.append({"case": image_case.stem, "error": str(error)})
             tqdm.write(f"{name}: {image_case.stem} failed: {error}", file=sys.stderr)
             continue
-        for (protocol, method), curve in found.items():
+        for (protocol, method), curve in answered.items():
             curves[protocol][method].append(curve)
             per_click = zip(curve.dice, curve.nsd, strict=True)
             rows += [
@@ -246,8 +246,9 @@ def evaluate_clicks3d(
             ]
     if not rows:
         raise ZeroSegError(f"{name}: all {len(failed)} cases failed, the first: {failed[0]['error']}")
+    found = {p: {m: summarise_volume_curves(c) for m, c in each.items()} for p, each in curves.items()}
     summary = {
-        "interaction": {p: {m: summarise_volume_curves(c) for m, c in each.items()} for p, each in curves.items()},
+        "interaction": found,
         "settings": {
             "protocols": list(protocols),
             "clicks": clicks,
@@ -262,7 +263,7 @@ def evaluate_clicks3d(
     }
     write_csv(out / "cases.csv", ("case", "protocol", "method", "click", "dice", "nsd"), rows)
     write_json(out / "summary.json", summary)
-    write_text(out / "table.md", clicks3d_table(summary["interaction"]))
+    write_text(out / "table.md", clicks3d_table(found))
     return summary, len(failed)
 
 

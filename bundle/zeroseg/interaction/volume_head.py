@@ -1,7 +1,7 @@
 """The promptable head for volumes: a small 3-D network that reads a cube of the scan, the prompts and its own last answer.
 
 It answers as the 2-D head does (``head.py``): three nested masks and an estimate of each one's IoU. A cube is a part of the scan, as wide
-in mm along all axes, seen at 32 x 32 x 32 cells; so slices of 5 mm next to pixels of 0.5 mm, and lesions of 5 mm or 300 mm, look
+in mm along all axes, seen at 24 x 24 x 24 cells; so slices of 5 mm next to pixels of 0.5 mm, and lesions of 5 mm or 300 mm, look
 alike to it.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CELLS = 32
+CELLS = 24
 """Cells along a side of what the network sees."""
 CANDIDATES = 3
 CHANNELS = (
@@ -71,7 +71,7 @@ class VolumeHead(nn.Module):
         blocks: residual blocks per level on the way down; the way up has one each.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 64, 64), blocks: Sequence[int] = (1, 1, 2, 1)):
+    def __init__(self, widths: Sequence[int] = (24, 48, 80), blocks: Sequence[int] = (1, 1, 2)):
         super().__init__()
         self.widths, self.blocks = tuple(widths), tuple(blocks)
         pairs = list(zip(self.widths[:-1], self.widths[1:], strict=True))
