@@ -166,7 +166,7 @@ class Episode:
         low = middle - side / 2
         # Voxels of a real scan are seldom cubes: neither is what a cell holds.
         sides = side * np.exp(self.rng.normal(0, 0.05, 3))
-        return Cube(tuple(float(v) for v in low), tuple(float(v) for v in sides))
+        return Cube((float(low[0]), float(low[1]), float(low[2])), (float(sides[0]), float(sides[1]), float(sides[2])))
 
     def _first_prompt(self) -> None:
         draw = self.rng.random()
@@ -232,6 +232,7 @@ class Episode:
 
     def correct(self) -> None:
         """In the largest connected part of what is wrong, or in a random one of the large ones."""
+        assert self.last is not None
         wrong = (self.last.numpy() > 0) != self.truth
         wrong &= self.inside.numpy() > 0
         parts, count = ndimage.label(wrong, np.ones((3, 3, 3)))
@@ -340,7 +341,8 @@ def main() -> int:
     rng = np.random.default_rng([17, step])
     pool = Pool(rng, args.unlabelled)
     scans = len(pool.scans)
-    start, log = time.monotonic(), {}
+    start = time.monotonic()
+    log: dict[str, list[float]] = {}
 
     def save() -> None:
         partial = state.with_suffix(".part")

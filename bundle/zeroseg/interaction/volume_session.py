@@ -289,7 +289,7 @@ class VolumeSession:
             return begin
         with self._lock:
             self.pause = pause
-            known = None if prior is None else hashlib.sha256(np.packbits(prior)).digest()
+            known = None if prior is None else hashlib.sha256(np.packbits(prior).tobytes()).digest()
             begun = None if begin is None else (begin.part, begin.mask.tobytes()), candidate, known
             same = 0
             if begun == self._begun:

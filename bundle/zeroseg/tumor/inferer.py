@@ -515,8 +515,7 @@ class TumorSegmentationInferer(Inferer):
         """What was clicked or boxed, checked; None where nothing was."""
         if points is None and labels is None and box is None:
             return None
-        rule = "points" if points is not None else "box"
-        return check_prompts(encoded.prepared.shape, rule, points, labels, box)
+        return check_prompts(encoded.prepared.shape, None, points, labels, box)
 
     def _words(self, organ: str | None, tumor: str | None) -> tuple[str, str]:
         """The organ and tumour of a call: its own words, else the inferer's, else the organ's default."""
