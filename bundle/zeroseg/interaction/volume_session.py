@@ -58,6 +58,7 @@ DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 0.6, 0.05
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
 
 
+VOLUME_HEAD = MODELS / "interaction_volume"
 SESSION_BYTES = 512 << 20
 """Bytes of the scans and answers kept between calls."""
 
@@ -186,7 +187,7 @@ def load_volume_head() -> VolumeHead:
     Raises:
         WeightsError: as ``promptable.load_head``.
     """
-    return load_head(MODELS / "interaction_volume", VolumeHead)
+    return load_head(VOLUME_HEAD, VolumeHead)
 
 
 def answer_volume(
