@@ -346,7 +346,7 @@ class CaseRunner:
 
     def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
         """The result for a case; ``unit`` is the image in [0, 1]."""
-        return self.inferer.segment(unit, **prompt)
+        return self.inferer.segment(unit, affine=image.affine, **prompt)
 
     def _write(
         self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path

@@ -23,12 +23,12 @@ from zeroseg.evaluation.interactive import (
     summarise_interactive,
     write_interactive,
 )
-from zeroseg.evaluation.pairs import find_pairs
+from zeroseg.evaluation.pairs import find_pairs, sets_of
 from zeroseg.evaluation.protocols import CLICKED, Sample, load_sample, run_baselines, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, mean_over_sets, summarise_groups
 from zeroseg.evaluation.tables import report_tables, write_csv, write_text
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.io import contact_html, contact_sheet, draw_overlay, find_cases, read_image, versions, write_json
+from zeroseg.io import contact_html, contact_sheet, draw_overlay, versions, write_json
 
 COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds", "score")
 TRUTH_COLOR = (86, 180, 233)
@@ -166,19 +166,13 @@ def evaluate_suite(
     Raises:
         ZeroSegError: there is no set, or none could be evaluated.
     """
-    if not suite.is_dir():
-        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
-    sets = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
-    if not sets:
-        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
     summaries, entries, failures = {}, [], 0
-    for folder in sets:
+    for folder, volumes in sets_of(suite):
+        if volumes:
+            print(f"{folder.name}: skipped, it holds volumes")
+            continue
         text = texts.get(folder.name, texts.get(None))
         try:
-            first = find_cases(folder / "images")[0]
-            if first.kind == "dicom_series" or read_image(first).is_volume:
-                print(f"{folder.name}: skipped, it holds volumes")
-                continue
             pair = (folder / "images", folder / "masks")
             summary, pictures, failed = evaluate_set(
                 folder.name, *pair, out / folder.name, inferer, protocols, text, control, half, limit, clicks
