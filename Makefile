@@ -1,5 +1,6 @@
 # make demo   run the bundle on real images that come with the installed packages; look at out/demo/index.html
 # make serve  serve it to OHIF and 3D Slicer; STUDIES=folder or DICOMweb URL (sample images without), PORT=8000, OPTIONS="--verbose"
+# make ohif   OHIF with sample studies to click on: installs Orthanc where it may, and prints one address; PORT=8000
 # make test   run the whole test suite; make quick: what takes about two minutes
 # make lint   what CI asks for: ruff, and mypy over the package
 # All set up .venv first when it is not there. PYTHON=python3.12 picks another interpreter.
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo serve test quick lint format zoo clean
+.PHONY: install demo serve ohif test quick lint format zoo clean
 
 install: $(STAMP)
 
@@ -26,6 +27,10 @@ demo: install
 
 serve: install
 	$(BIN)/zeroseg serve $(if $(STUDIES),--studies "$(STUDIES)") $(if $(PORT),--port $(PORT)) $(OPTIONS)
+
+ohif: install
+	sh scripts/install_e2e.sh orthanc
+	$(BIN)/python scripts/viewer/ohif.py $(if $(PORT),--port $(PORT)) $(OPTIONS)
 
 # Orthanc and Chromium, where they may be installed; the tests that drive them are skipped where not.
 test: install

@@ -15,8 +15,9 @@ from monailabel.interfaces.app import MONAILabelApp
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
 from lib.engine import Engine
-from lib.mends import archives, authentication, dicom_seg, errors, files, ohif
+from lib.mends import archives, authentication, background, dicom_seg, errors, files, ohif
 from lib.mends.batch import CarefulBatch
+from lib.mends.confidence import ConfidenceOutput
 from lib.mends.errors import NotFound, Refused
 from lib.mends.responsive import OffLoop
 from zeroseg import __version__
@@ -24,7 +25,11 @@ from zeroseg.backbones import StableDiffusionBackbone
 
 logger = logging.getLogger(__name__)
 
-TASKS = (tasks.segments, tasks.points, tasks.text, tasks.tumor)
+UNNAMED = "object"
+"""The one segment that 3D Slicer starts a new image with until ``learned`` has labels of its own. No task declares it, so that no task
+is run on every image by itself."""
+
+TASKS = (tasks.segments, tasks.points, tasks.scribbles, tasks.text, tasks.tumor)
 
 
 class ZeroSegApp(MONAILabelApp):
@@ -63,6 +68,10 @@ class ZeroSegApp(MONAILabelApp):
     def init_infers(self) -> dict[str, Any]:
         made = {make.__name__: make(self.engine) for make in TASKS}
         return {name: task for name, task in made.items() if task is not None}
+
+    def info(self) -> dict[str, Any]:
+        """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'."""
+        return {**super().info(), "labels": [UNNAMED]}
 
     def init_datastore(self):
         if self.studies.startswith(("http://", "https://")):
@@ -123,16 +132,26 @@ class ZeroSegApp(MONAILabelApp):
         return result
 
     def bundle_path(self, model: str | None) -> None:
-        """Called by MONAI Label when a background task starts: the one place to refuse an unknown model before it does.
+        """Path of a bundle to train, for MONAI Label's background tasks: no model here is one."""
+
+    def check_background(self, method: str, request: dict[str, Any]) -> None:
+        """Refuse a background task that cannot succeed.
 
         Args:
-            model: name of a task; None for a task that needs none, such as scoring.
+            method: train, scoring or batch_infer.
+            request: what MONAI Label would start it with.
 
         Raises:
-            NotFound: there is no such model.
+            NotFound: there is no such model or method.
         """
-        if model is not None:
-            self.check_model(model)
+        if method == "batch_infer":
+            self.check_model(request.get("model"))
+        tasks_of = {"train": ("model", self._trainers), "scoring": ("method", self._scoring_methods)}
+        if method in tasks_of:
+            key, known = tasks_of[method]
+            if request.get(key) not in known:
+                names = ", ".join(known) or "none"
+                raise NotFound(f"{method}: there is no {key} {str(request.get(key))[:80]!r}, the server has {names}")
 
     def check_model(self, model: Any) -> None:
         if model not in self._infers:
@@ -143,11 +162,12 @@ class ZeroSegApp(MONAILabelApp):
         from monailabel.app import app  # only a server has one, and it is built by now
 
         authentication.install()
+        background.install()
         ohif.install()
         files.install()
         archives.install()
         errors.install(app.middleware_stack)
-        app.middleware_stack = errors.RefusingPaths(OffLoop(app.middleware_stack))
+        app.middleware_stack = errors.RefusingPaths(OffLoop(ConfidenceOutput(app.middleware_stack)))
 
 
 def _is_upload(path: Path, sessions: Path | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from lib.mends import dicom_seg
@@ -26,6 +28,9 @@ from zeroseg.io.sniffing import sniff
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
 
+HEADERS = ".dicom"
+"""Folder in a folder of studies for single slices of series, whose headers 3D Slicer sends beside a volume."""
+
 SHOWN_MODALITIES = ("CT", "MR", "CR", "DX", "US")
 """Shown of a DICOMweb server unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise; MONAI Label's default is CT alone."""
 LIST_SECONDS = 10
@@ -36,6 +41,16 @@ def holds_dicom(folder: Path) -> bool:
     """Whether the first file of a folder, by name, is DICOM."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return bool(files) and sniff(files[0]) == "dicom"
+
+
+def is_slice(file: Path) -> bool:
+    """Whether a file is one DICOM slice of a series that has a place in the patient, and so no image by itself."""
+    if sniff(file) != "dicom":
+        return False
+    header = dcmread(
+        file, force=True, stop_before_pixels=True, specific_tags=["ImagePositionPatient", "NumberOfFrames"]
+    )
+    return "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1
 
 
 class FolderDatastore(LocalDatastore):
@@ -62,12 +77,20 @@ class FolderDatastore(LocalDatastore):
         return leaves(Path(path), Path(self._datastore_path).resolve())
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """As MONAI Label's.
+        """As MONAI Label's; one slice of a series is kept in ``HEADERS``, and is no image.
+
+        3D Slicer sends such a slice beside a volume, for its header, where "Include DICOM files" is chosen.
 
         Raises:
             Refused: the file is of no image format, or its name would lead out of the folder.
         """
         self._check_new(image_id, image_filename, Path(self._datastore.image_path()))
+        if is_slice(Path(image_filename)):
+            folder = Path(self._datastore_path) / HEADERS
+            folder.mkdir(exist_ok=True)
+            with atomic_path(folder / f"{image_id}.dcm") as part:
+                shutil.copyfile(image_filename, part)
+            return image_id
         return super().add_image(image_id, image_filename, image_info)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:

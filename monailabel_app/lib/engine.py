@@ -50,7 +50,7 @@ class Engine:
             select: segments, auto, points, box or text.
             only_slice: index along the volume's slice axis; the others stay empty. None: the whole volume.
             settings: settings of the inferer for this call.
-            prompt: points, labels, box, text; coordinates are voxel indices.
+            prompt: points, labels, box, text, scribbles, mask, candidate; coordinates are voxel indices.
 
         Raises:
             ZeroSegError: a setting or a prompt is wrong; WeightsError: the weights cannot be loaded.
@@ -73,16 +73,31 @@ class Engine:
         return result
 
 
-def _shifted(prompt: dict, axis: int, start: int) -> dict:
-    """A prompt in the coordinates of one slice of a volume."""
+def _shifted(prompt: dict, axis: int, at: int) -> dict:
+    """A prompt in the coordinates of one slice of a volume; what lies in other slices is left out.
+
+    Raises:
+        ZeroSegError: the box does not reach the slice.
+    """
     shifted = dict(prompt)
     if prompt.get("points") is not None:
-        points = [list(p) for p in prompt["points"]]
-        for point in points:
-            point[axis] -= start
-        shifted["points"] = points
+        kept = [(p, k) for p, k in zip(prompt["points"], prompt["labels"], strict=True) if round(p[axis]) == at]
+        for name in ("points", "labels"):
+            del shifted[name]
+        if kept:
+            shifted["points"] = [[0 if i == axis else v for i, v in enumerate(p)] for p, _ in kept]
+            shifted["labels"] = [kind for _, kind in kept]
     if prompt.get("box") is not None:
         box = list(prompt["box"])
-        box[axis], box[axis + 3] = box[axis] - start, box[axis + 3] - start
+        if not round(box[axis]) <= at <= round(box[axis + 3]):
+            raise ZeroSegError(f"the box does not reach slice {at}")
+        box[axis] = box[axis + 3] = 0
         shifted["box"] = box
+    for name in ("scribbles", "mask"):
+        if prompt.get(name) is not None:
+            part = prompt[name].take([at], axis)
+            if part.any():
+                shifted[name] = part
+            else:
+                del shifted[name]
     return shifted

@@ -89,6 +89,8 @@ def test_what_does_not_fit_is_one_line(given, message):
 def test_viewers_send_voxel_indices():
     assert from_viewer([[3, 4, 0]], [[5, 6]], None, False) == {"points": [[3, 4], [5, 6]], "labels": [1, 0]}
     assert from_viewer([], None, [1, 2, 3, 4, 5, 6], True) == {"box": [1, 2, 3, 4, 5, 6]}
+    assert from_viewer([], [[5, 6]], None, False, drawn=True) == {"points": [[5, 6]], "labels": [0]}
+    assert from_viewer(None, None, None, True, drawn=True) == {}
     for given, message in (
         (([], [[1, 2, 3]], None, True), "no click was given"),
         (([[1, 2]], [], None, True), "i, j, k in a volume"),

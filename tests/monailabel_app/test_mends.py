@@ -30,7 +30,7 @@ MENDS = Path(__file__).resolve().parents[2] / "monailabel_app" / "lib" / "mends"
 
 def test_every_mend_has_its_test_and_names_it():
     mends = [path for path in MENDS.glob("*.py") if path.stem != "__init__"]
-    assert len(mends) == 9
+    assert len(mends) == 11
     for path in mends:
         first = path.read_text().splitlines()[0]
         assert "MONAI Label" in first and f"until test_mends.py::test_{path.stem}." in first, path.name
@@ -62,6 +62,24 @@ def test_authentication(monkeypatch):
         auth.from_token(jwt.encode({"name": "Anna"}, key, algorithm="RS256"))
 
 
+def test_background(monkeypatch):
+    """It starts the training of a model that is not there."""
+    from monailabel.utils.async_tasks import task
+
+    class App:
+        def info(self):
+            return {}
+
+        def bundle_path(self, model):
+            return None
+
+    started = []
+    monkeypatch.setattr(task, "app_instance", App)
+    monkeypatch.setattr(task, "run_background_task", lambda request, method: started.append(request))
+    task.AsyncTask.run("train", {"model": "nothing"})
+    assert started == [{"model": "nothing"}]
+
+
 def test_batch(monkeypatch):
     """It divides by the number of GPUs, and runs one image after the other without a net."""
     from monailabel.interfaces.tasks import batch_infer
@@ -75,6 +93,13 @@ def test_batch(monkeypatch):
 
     with pytest.raises(ValueError, match="cannot be segmented"):
         batch_infer.BatchInferTask()({"images": ["a"], "multi_gpu": False}, None, fails)
+
+
+def test_confidence():
+    """It knows the image, its parameters, both, and a DICOM SEG."""
+    from monailabel.endpoints.infer import ResultType
+
+    assert {one.value for one in ResultType} == {"image", "json", "all", "dicom_seg"}
 
 
 def test_dicom_seg(tmp_path):

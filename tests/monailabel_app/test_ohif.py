@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("monailabel")
 
 import dicom_series
-from dicom_series import TO_LPS, Series
+from dicom_studies import TO_LPS, Series
 from orthanc import missing, orthanc
 from serving import serving
 from zeroseg.backbones.weights import MODELS

@@ -18,7 +18,7 @@ pytest.importorskip("monailabel")
 from monailabel.client.client import MONAILabelClient
 
 import dicom_series
-from dicom_series import TO_LPS, Series
+from dicom_studies import TO_LPS, Series
 from orthanc import Orthanc, missing, orthanc
 from serving import Server, serving
 from zeroseg import __version__

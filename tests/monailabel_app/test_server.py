@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import requests
@@ -57,16 +58,19 @@ def test_info_holds_what_the_viewers_panels_need(client):
     info = client.info()
     models = info["models"]
     types = {name: m["type"] for name, m in models.items()}
-    assert types.items() >= {"segments": "segmentation", "points": "deepgrow", "text": "segmentation"}.items()
+    expected = {"segments": "segmentation", "points": "deepgrow", "scribbles": "scribbles", "text": "segmentation"}
+    assert types.items() >= expected.items()
     for model in models.values():
-        assert model["dimension"] == 3 and model["labels"] and all(isinstance(v, int) for v in model["labels"].values())
+        assert model["dimension"] == 3 and all(isinstance(v, int) for v in model["labels"].values())
+        assert bool(model["labels"]) == (model["type"] == "segmentation")  # of the others the client names the label
         for value in model[
             "config"
         ].values():  # what OHIF and 3D Slicer can draw: combo boxes of strings, or single values
             assert isinstance(value, (bool, int, float, str)) or all(isinstance(entry, str) for entry in value)
     assert list(models["segments"]["labels"])[:2] == ["segment_01", "segment_02"]
     assert models["text"]["config"]["text"] == ""
-    assert set(info["labels"]) >= {"segment_01", "segment_16", "target"}
+    # 3D Slicer makes an empty segment of each on every image, and runs the task that declares one.
+    assert info["labels"] == ["object"] and not any("object" in model["labels"] for model in models.values())
 
 
 @pytest.mark.parametrize("image", ["flipped", "oblique", "scan", "series"])
@@ -80,7 +84,7 @@ def test_a_click_gives_the_object_under_it_on_the_viewers_grid(client, image):
     if image == "flipped":
         np.testing.assert_allclose(affine, np.diag([-1.5, 1.2, 3.0, 1.0]), atol=1e-5)
     assert not labels[:, :, 0].any()  # it ends where the object does
-    assert params["label_names"] == {"segment_01": 1} and params["absent"] is False and len(params["scores"]) == 1
+    assert params["label_names"] == {"object": 1} and params["absent"] is False and len(params["scores"]) == 1
     assert params["backbone"]["source"] == "embedded" and len(params["backbone"]["sha256"]) == 64
     assert params["seconds"]["total"] > 0
 
@@ -91,6 +95,52 @@ def test_a_second_click_is_answered_from_memory(client):
     again = [client.infer("points", "picture", correction)[1]["seconds"] for correction in corrections]
     assert "encode" in first["seconds"] and not any("encode" in seconds for seconds in again)
     assert min(seconds["total"] for seconds in again) < first["seconds"]["encode"]
+
+
+def test_a_region_bounds_the_answer(client):
+    roi = [40, 10, 30, -5, 9, 3]  # unsorted, and it leaves the volume
+    path, _ = client.infer("points", "oblique", {"foreground": [[12, 28, 3]], "roi": roi, "result_extension": ".nrrd"})
+    where = np.argwhere(mask_of(path)[0])
+    assert len(where) and (where >= (10, 0, 3)).all() and (where <= (40, 30, 5)).all()
+    path, params = client.infer("points", "oblique", {"roi": [6, 22, 20, 36, 1, 5], "result_extension": ".nrrd"})
+    assert dice(mask_of(path)[0] > 0, the_object()) > 0.5 and params["select"] == "box"
+
+
+def test_scribbles_of_3d_slicer_are_followed(client, tmp_path):
+    """As its module sends them: all segments in one label map, their values in ``label_info``."""
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[10:18, 28, 3], labels[4:44, 4, 3] = 3, 2
+    file = tmp_path / "scribbles.nii.gz"
+    nib.save(nib.Nifti1Image(labels, oblique()), file)
+    names = ("lesion", "background_scribbles", "foreground_scribbles")
+    params = {"roi": [], "label_info": [{"name": name, "id": k} for k, name in enumerate(names, 1)]}
+    params |= {"selected_label_name": "lesion", "result_extension": ".nrrd"}
+    path, answer = client.infer("scribbles", "oblique", params, label_in=str(file))
+    mask, affine = mask_of(path)
+    assert dice(mask > 0, the_object()) > 0.6 and answer["label_names"] == {"lesion": 1}
+    assert mask[10:18, 28, 3].all() and not mask[4:44, 4, 3].any()
+    np.testing.assert_allclose(affine, oblique(), atol=1e-4)
+
+
+@pytest.mark.parametrize("image", ["oblique", "photo"])
+def test_the_confidence_can_be_had_in_place_of_the_mask(server, tmp_path, image):
+    click = CLICK if image == "oblique" else [14, 28, 0]
+    asked = {"params": json.dumps({"foreground": [click], "result_extension": ".nrrd"})}
+    answer = requests.post(f"{server.url}/infer/points?image={image}&output=confidence", data=asked)
+    assert answer.status_code == 200, answer.text
+    (tmp_path / "confidence.nrrd").write_bytes(answer.content)
+    values = read_image(find_cases(tmp_path / "confidence.nrrd")[0]).array[0]
+    assert values.dtype == np.float32 and 0 <= values.min() < values.max() <= 1
+    mask = requests.post(f"{server.url}/infer/points?image={image}&output=image", data=asked)
+    (tmp_path / "mask.nrrd").write_bytes(mask.content)
+    assert set(np.unique(read_image(find_cases(tmp_path / "mask.nrrd")[0]).array)) == {0, 1}
+
+
+def test_a_slice_sent_for_its_header_is_no_image(client, server):
+    before = set(client.datastore()["objects"])
+    one = next((server.log.parent / "studies" / "series").iterdir())
+    client.upload_image(str(one), "IMG0001")
+    assert set(client.datastore()["objects"]) == before
 
 
 def test_one_slice_can_be_asked_for(client):
@@ -261,6 +311,31 @@ BAD = {
     "background only": ("POST", "/infer/points?image=photo", {"data": {"params": '{"background": [[1, 1, 0]]}'}}),
     "box inside out": ("POST", "/infer/points?image=photo", {"data": {"params": '{"box": [9, 9, 1, 1]}'}}),
     "box of words": ("POST", "/infer/points?image=photo", {"data": {"params": '{"box": "all"}'}}),
+    "roi of five numbers": ("POST", "/infer/points?image=oblique", {"data": {"params": '{"roi": [1, 2, 3, 4, 5]}'}}),
+    "roi beside the volume": (
+        "POST",
+        "/infer/points?image=oblique",
+        {"data": {"params": '{"roi": [90, 99, 1, 9, 1, 3]}'}},
+    ),
+    "candidate four": (
+        "POST",
+        "/infer/points?image=photo",
+        {"data": {"params": '{"foreground": [[14, 28, 0]], "candidate": "4"}'}},
+    ),
+    "scribbles without strokes": ("POST", "/infer/scribbles?image=photo", {"data": {"params": "{}"}}),
+    "scribbles on a server's file": (
+        "POST",
+        "/infer/scribbles?image=photo",
+        {"data": {"params": '{"label": "/etc/passwd"}'}},
+    ),
+    "scribbles of no image": ("POST", "/infer/scribbles?image=photo", {"files": {"label": ("a.nrrd", b"no image")}}),
+    "confidence as PNG": (
+        "POST",
+        "/infer/points?image=photo&output=confidence",
+        {"data": {"params": '{"foreground": [[14, 28, 0]], "result_extension": ".png"}'}},
+    ),
+    "weights from outside": ("PUT", "/model/points", {"files": {"file": ("a.pt", b"x")}}),
+    "weights removed": ("DELETE", "/model/points", {}),
     "no text": ("POST", "/infer/text?image=photo", {"data": {"params": "{}"}}),
     "text a number": ("POST", "/infer/text?image=photo", {"data": {"params": '{"text": 5}'}}),
     "certainty no number": ("POST", "/infer/text?image=photo", {"data": {"params": '{"text": "x", "certainty": "?"}'}}),
@@ -306,7 +381,8 @@ BAD = {
     "batch of an unknown model": ("POST", "/batch/infer/nothing", {"json": {}}),
     "batch of unknown images": ("POST", "/batch/infer/segments?images=some", {"json": {}}),
     "unknown strategy": ("POST", "/activelearning/nothing", {"json": {}}),
-    "training": ("POST", "/train/segments", {"json": {}}),
+    "training of a frozen model": ("POST", "/train/segments", {"json": {}}),
+    "unknown scoring": ("POST", "/scoring/nothing", {"json": {}}),
     "proxy without a DICOM server": ("GET", "/proxy/dicom/qido/studies", {}),
     "nowhere": ("GET", "/nowhere", {}),
 }

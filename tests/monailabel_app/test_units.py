@@ -207,6 +207,19 @@ def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path)
     np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
 
 
+def test_a_single_slice_that_is_uploaded_is_no_image(tmp_path):
+    """3D Slicer sends one beside a volume, where "Include DICOM files" is chosen."""
+    write_series(tmp_path / "series", phantom())
+    one = next((tmp_path / "series").iterdir())
+    store = FolderDatastore(str(tmp_path / "studies"), auto_reload=False)
+    assert store.add_image("IMG0001", str(one), {}) == "IMG0001"
+    store.refresh()
+    assert store.list_images() == [] and (tmp_path / "studies" / ".dicom" / "IMG0001.dcm").is_file()
+    nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "scan.nii.gz")
+    store.add_image("scan", str(tmp_path / "scan.nii.gz"), {})
+    assert store.list_images() == ["scan"]
+
+
 def test_monai_labels_own_conversion_has_the_voxel_order_of_our_reader(tmp_path):
     """A click in 3D Slicer is an index of MONAI Label's NIfTI; the mask is made from the DICOM files."""
     from monailabel.datastore.utils.convert import dicom_to_nifti

@@ -15,6 +15,7 @@ from zeroseg.cases import CaseRunner
 from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
+from zeroseg.interaction.prompts import DRAWN
 from zeroseg.io import Case, file_sha256, find_cases, write_json
 
 CONFIGS = {
@@ -170,6 +171,11 @@ def find_input(entry: Mapping[str, Any], cases: Sequence[Case], prompt_keys: Seq
     unknown = sorted(set(entry.get("prompt", {})) - set(prompt_keys))
     if unknown:
         raise ZeroSegError(f"{entry['case']}: unknown prompt key {unknown[0]!r}; it takes {', '.join(prompt_keys)}")
+    drawn = sorted(set(DRAWN) & set(entry.get("prompt", {})))
+    if drawn:
+        raise ZeroSegError(
+            f"{entry['case']}: it was prompted by a drawn {drawn[0]}, which no manifest holds; segment it anew"
+        )
     wanted = [(item["file"], item["sha256"]) for item in entry.get("inputs", [])]
     named = [case for case in cases if [path.name for path in case.paths] == [name for name, _ in wanted]]
     for case in named:

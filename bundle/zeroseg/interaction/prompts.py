@@ -13,8 +13,10 @@ from zeroseg.errors import ZeroSegError
 
 SELECTS = ("segments", "auto", "points", "box", "text")
 """Rules that choose a mask; see ``zeroseg.interaction.inferer``."""
-PROMPT_KEYS = ("select", "points", "labels", "box", "text")
-"""Arguments of ``check_prompts`` that a prompts file may hold; scribbles and masks are arrays."""
+DRAWN = ("scribbles", "mask")
+"""Prompts that are arrays of the image's shape; a prompts file names an image file for each."""
+PROMPT_KEYS = ("select", "points", "labels", "box", "text", *DRAWN, "candidate")
+"""Arguments of ``check_prompts`` that a prompts file may hold."""
 CANDIDATES = (1, 2, 3)
 LARGEST = 2**53
 """Beyond it float64 tells whole numbers no longer apart; no image has as many pixels."""
@@ -238,25 +240,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def from_viewer(foreground: Any, background: Any, box: Any, volume: bool) -> dict[str, Any]:
+def from_viewer(foreground: Any, background: Any, box: Any, volume: bool, drawn: bool = False) -> dict[str, Any]:
     """Prompts as OHIF and 3D Slicer send them -> ``points``, ``labels`` and ``box`` of ``check_prompts``, as far as given.
 
     Args:
         foreground, background: lists of voxel indices [i, j, k]; in a picture k is 0 or left out.
         box: voxel indices of its first and last corner, six numbers in a volume and four in a picture.
         volume: whether the image is a volume.
+        drawn: whether strokes or a mask say where the object is.
 
     Raises:
-        ZeroSegError: they are not of that form, or there is neither a foreground click nor a box.
+        ZeroSegError: they are not of that form, or nothing says where the object is.
     """
     wanted, unwanted = (
         _viewer_clicks(name, given, volume) for name, given in (("foreground", foreground), ("background", background))
     )
     corners = _viewer_box(box or None, volume)
-    if not wanted and corners is None:
+    if not wanted and corners is None and not drawn:
         raise ZeroSegError("no click was given: place at least one point on the object")
     prompt: dict[str, Any] = {} if corners is None else {"box": corners}
-    if wanted:
+    if wanted or unwanted:
         prompt |= {"points": wanted + unwanted, "labels": [1] * len(wanted) + [0] * len(unwanted)}
     return prompt
 

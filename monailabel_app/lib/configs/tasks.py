@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lib.configs import SEGMENTS, anonymous_labels
 from lib.engine import Engine
-from lib.infers.points import Points
+from lib.infers.points import Points, Scribbles
 from lib.infers.segments import Segments
 from lib.infers.text import Text
 from lib.infers.tumor import Tumor
@@ -13,6 +13,7 @@ from zeroseg.interaction.settings import TEXT_CERTAINTY
 
 REFINE = ["guided", "none"]
 EXTENT = ["volume", "slice"]
+CANDIDATE = ["best", "1", "2", "3"]
 
 
 def segments(engine: Engine) -> Segments:
@@ -55,14 +56,26 @@ def points(engine: Engine) -> Points:
     """The panel "Point Prompts" of OHIF and "SmartEdit" of 3D Slicer.
 
     The type is deepgrow: both panels show it, send foreground and background clicks of the label the user picked, and give the
-    mask to that label. A deepedit task would get clicks under the names of all labels and had to keep them all.
+    mask to that label. A deepedit task would get clicks under the names of all labels and had to keep them all. It declares no
+    label of its own, so that OHIF offers the labels of all tasks, those of ``learned`` among them.
     """
     return Points(
         engine,
         type="deepgrow",
-        labels=anonymous_labels(),
+        labels={},
         description="The object under the clicks, followed through neighbouring slices until it ends",
-        config={"extent": EXTENT, "refine": REFINE},
+        config={"extent": EXTENT, "refine": REFINE, "candidate": CANDIDATE},
+    )
+
+
+def scribbles(engine: Engine) -> Scribbles:
+    """The panel "Scribbles" of 3D Slicer."""
+    return Scribbles(
+        engine,
+        type="scribbles",
+        labels={},
+        description="The object under the green strokes and not under the red ones",
+        config={"extent": EXTENT, "refine": REFINE, "candidate": CANDIDATE},
     )
 
 

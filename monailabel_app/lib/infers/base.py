@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 
 from lib.engine import Engine
+from lib.mends import confidence
 from lib.mends.errors import InternalError
 from lib.mends.files import temporary
 from lib.mends.responsive import Abandoned
@@ -32,7 +33,8 @@ class ZeroSegTask(InferTask):
     Args:
         engine: shared by all tasks.
         type: MONAI Label's task type, which decides the panel a viewer shows it in.
-        labels: name -> value, declared up front: OHIF clears every label a model does not declare.
+        labels: name -> value, declared up front: OHIF clears every label that a model of its panel "Auto-Segmentation" does not
+            declare. Where there is none, the client names the one label of the answer.
         description: shown by the viewers.
         config: the options panel: a list becomes a combo box, a bool a check box, a number or string a text box.
     """
@@ -83,15 +85,18 @@ class ZeroSegTask(InferTask):
         started = time.perf_counter()
         check_values(request, "request")
         options = self.options(request)
-        extension, dtype = self.output(request)
+        wants_confidence = confidence.is_wanted()
+        extension, dtype = self.output(request, wants_confidence)
         entry = self.engine.open(request["image"])
         result = self.segment(entry, options)
         if result.absent and options.get("absent") == "error":
             wanted = str(options.get("text") or "").strip() or result.name or "the object"
             raise ZeroSegError(f"absent: {wanted!r} was not found in this image ({result.reason})")
-        dropped = keep_largest(result.labels, len(self.labels))
+        most = len(self.labels) or 255
+        dropped = keep_largest(result.labels, most)
         compress = pick("result_compress", request.get("result_compress", True), True)
-        path = write(entry.image, result.labels, extension, dtype, compress)
+        shown = result.confidence if wants_confidence else result.labels
+        path = write(entry.image, shown, extension, dtype, compress)
         seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
         backbone = self.describe_backbone()
         notes = [*entry.image.notes, *result.notes]
@@ -101,7 +106,7 @@ class ZeroSegTask(InferTask):
             "select": result.rule,
             "absent": result.absent,
             "absent_because": result.reason,
-            "scores": [round(s, 4) for s in result.scores[: len(self.labels)]],
+            "scores": [round(s, 4) for s in result.scores[:most]],
             "seconds": {**seconds, "total": round(time.perf_counter() - started, 4)},
             "backbone": {k: v for k, v in backbone.items() if k != "files"},
             "notes": [*notes, *([f"{dropped} smaller segments left out"] if dropped else [])],
@@ -122,21 +127,28 @@ class ZeroSegTask(InferTask):
         return options
 
     @staticmethod
-    def output(request: dict[str, Any]) -> tuple[str, str]:
-        """Extension and number type the client asks for; a picture's mask is a PNG by default, others NIfTI."""
+    def output(request: dict[str, Any], confidence: bool = False) -> tuple[str, str]:
+        """Extension and number type the client asks for.
+
+        By default a picture's mask is a PNG, others are NIfTI, of uint8. A confidence map is float32, and never a PNG.
+
+        Raises:
+            ZeroSegError: there is no such extension or type, or it cannot hold a confidence.
+        """
         name = str(request["image"]).lower()
         picture = name.endswith((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"))
-        extension = request.get("result_extension") or (
-            ".png" if picture else ".nrrd" if name.endswith(".nrrd") else ".nii.gz"
-        )
+        usual = ".nrrd" if name.endswith(".nrrd") or (picture and confidence) else ".png" if picture else ".nii.gz"
+        extension = request.get("result_extension") or usual
         dtype = request.get("result_dtype") or "uint8"
         if extension not in EXTENSIONS:
             raise ZeroSegError(f"result_extension {extension!r} is not supported: use one of {', '.join(EXTENSIONS)}")
         if dtype not in DTYPES:
             raise ZeroSegError(f"result_dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
-        if extension == ".png":
-            dtype = "uint8"
-        return extension, dtype
+        if confidence:
+            if extension == ".png":
+                raise ZeroSegError("a confidence map holds fractions, a PNG does not: use .nrrd or .nii.gz")
+            return extension, "float32"
+        return extension, "uint8" if extension == ".png" else dtype
 
 
 def pick(name: str, value: Any, default: Any) -> Any:
@@ -187,7 +199,7 @@ def keep_largest(labels: np.ndarray, count: int) -> int:
 
 
 def write(image: Image, labels: np.ndarray, extension: str, dtype: str, compress: bool = True) -> str:
-    """Write a label map on the voxel grid of its image to a temporary file.
+    """Write a label map, or a confidence map, on the voxel grid of its image to a temporary file.
 
     Args:
         image: the image.

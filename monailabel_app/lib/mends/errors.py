@@ -48,6 +48,10 @@ class Foreign(Exception):
     """The request comes from a web page of somebody else."""
 
 
+class Fixed(Exception):
+    """The request would change what no client may: the message says what does."""
+
+
 class Refused(Exception):
     """The request is malformed or asks for what is not allowed; the message says what to change."""
 
@@ -129,8 +133,8 @@ async def answer(request: Request, error: Exception) -> Response:
 class RefusingPaths:
     """ASGI application in front of another one that refuses what no client of this server has to ask for.
 
-    403 for pages of other sites, 422 for names which are paths, for training, and for loading the app anew, which would
-    leave the old one's memory behind.
+    403 for pages of other sites, 405 for weights from outside, 422 for names which are paths, and for loading the app anew, which
+    would leave the old one's memory behind.
     """
 
     def __init__(self, app):
@@ -145,11 +149,16 @@ class RefusingPaths:
                     raise Foreign(reason)
                 if scope["path"].rstrip("/") == "/reload":
                     raise Refused("the app is not loaded anew while it serves: start the server again")
-                if scope["path"].startswith("/train") and scope["method"] == "POST":
-                    raise Refused("there is nothing to train: the models are frozen")
+                if scope["path"].startswith("/model/") and scope["method"] not in ("GET", "HEAD"):
+                    raise Fixed(
+                        "weights are not taken from clients, nor removed by them: POST /train/learned makes new ones"
+                    )
                 check_names(scope["path"], scope["query_string"].decode("latin-1"))
             except Foreign as error:
                 await JSONResponse({"detail": str(error)}, 403)(scope, receive, send)
+                return
+            except Fixed as error:
+                await JSONResponse({"detail": str(error)}, 405, {"allow": "GET, HEAD"})(scope, receive, send)
                 return
             except Refused as error:
                 await JSONResponse({"detail": str(error)}, 422)(scope, receive, send)

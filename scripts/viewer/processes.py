@@ -1,4 +1,4 @@
-"""A server as a process of its own, for tests: started, waited for, stopped."""
+"""A server as a process of its own: started, waited for, stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Orthanc for tests: a DICOMweb server on a free port of this machine, with a store of its own."""
+"""An Orthanc of its own, for samples and tests: a DICOMweb server that this machine alone reaches."""
 
 from __future__ import annotations
 
@@ -70,18 +70,19 @@ class Orthanc:
 
 
 @contextmanager
-def orthanc(folder: Path, patience: float = 60) -> Iterator[Orthanc]:
+def orthanc(folder: Path, patience: float = 60, port: int = 0) -> Iterator[Orthanc]:
     """Start Orthanc and stop it at the end of the block.
 
     Args:
         folder: for its configuration, store and log; made when missing.
         patience: seconds to wait until it answers.
+        port: where it listens; 0: a free one.
 
     Raises:
         RuntimeError: it did not start; the message holds the end of its log.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, log = free_port("127.0.0.1"), folder / "orthanc.log"
+    port, log = port or free_port("127.0.0.1"), folder / "orthanc.log"
     settings = {
         "HttpPort": port,
         "DicomServerEnabled": False,
