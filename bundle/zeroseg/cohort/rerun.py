@@ -14,7 +14,6 @@ import torch
 from zeroseg.cases import CaseRunner
 from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.prompts import DRAWN
 from zeroseg.io import Case, file_sha256, find_cases, write_json
 
@@ -126,11 +125,7 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     for name, value in manifest["settings"].items():
         if name in runner.options:
             setattr(runner, name, value)
-    if isinstance(runner.inferer, AttentionSegmentationInferer):
-        runner.inferer = runner.inferer.replace(**mine)
-    else:
-        for name, value in mine.items():
-            setattr(runner.inferer, name, value)
+    runner.inferer = runner.inferer.replace(**mine)
     threads = manifest.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 1024:
         torch.set_num_threads(threads)  # sums are rounded in the order they are shared out
