@@ -176,6 +176,8 @@ class StudyDatastore(DICOMWebDatastore):
     def __init__(self, client, search_filter: dict[str, Any], **rest: Any):
         self._fetching = threading.Lock()
         self._listed: tuple[float, list[str]] = (float("-inf"), [])
+        # DICOM SEG -> the series it refers to.
+        self._labelled: tuple[float, dict[str, str | None]] = (float("-inf"), {})
         super().__init__(client=client, search_filter=search_filter, **rest)
 
     def list_images(self) -> list[str]:
@@ -189,6 +191,26 @@ class StudyDatastore(DICOMWebDatastore):
             series = [str(Dataset.from_json(s)["SeriesInstanceUID"].value) for s in found]
             self._listed = time.monotonic(), list(dict.fromkeys(series))
         return self._listed[1]
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Series whose label was submitted here, or that a DICOM SEG on the server refers to; MONAI Label's own list is two hours old."""
+        if time.monotonic() - self._labelled[0] > LIST_SECONDS:
+            of_seg = self._labelled[1]
+            for one in self._client.search_for_series(search_filters={"Modality": "SEG"}):
+                study, series = (one[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
+                if series not in of_seg:
+                    meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
+                    referred = meta.get("ReferencedSeriesSequence") or ()
+                    of_seg[series] = str(referred[0].SeriesInstanceUID) if referred else None
+            self._labelled = time.monotonic(), of_seg
+        known = self.list_images()
+        labelled = {*LocalDatastore.get_labeled_images(self), *self._labelled[1].values()}
+        return [image for image in known if image in labelled]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """The others."""
+        labelled = set(self.get_labeled_images())
+        return [image for image in self.list_images() if image not in labelled]
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of the series as NIfTI; its DICOM files lie beside it.
