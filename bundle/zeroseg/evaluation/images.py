@@ -145,6 +145,32 @@ def evaluate_set(
     return summary, entries, len(failed)
 
 
+def sets_of(suite: Path) -> dict[str, tuple[Path, Path]]:
+    """The 2-D sets of a folder: name -> its folders of images and masks; those of volumes are named and left out.
+
+    Raises:
+        ZeroSegError: there is none.
+    """
+    if not suite.is_dir():
+        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
+    folders = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
+    if not folders:
+        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
+    sets = {}
+    for folder in folders:
+        try:
+            first = find_cases(folder / "images")[0]
+            volumes = first.kind == "dicom_series" or read_image(first).is_volume
+        except ZeroSegError:
+            # Said by what evaluates the set, which goes on with the others.
+            volumes = False
+        if volumes:
+            print(f"{folder.name}: skipped, it holds volumes")
+        else:
+            sets[folder.name] = folder / "images", folder / "masks"
+    return sets
+
+
 def evaluate_suite(
     suite: Path,
     out: Path,
@@ -166,28 +192,18 @@ def evaluate_suite(
     Raises:
         ZeroSegError: there is no set, or none could be evaluated.
     """
-    if not suite.is_dir():
-        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
-    sets = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
-    if not sets:
-        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
     summaries, entries, failures = {}, [], 0
-    for folder in sets:
-        text = texts.get(folder.name, texts.get(None))
+    for name, pair in sets_of(suite).items():
+        text = texts.get(name, texts.get(None))
         try:
-            first = find_cases(folder / "images")[0]
-            if first.kind == "dicom_series" or read_image(first).is_volume:
-                print(f"{folder.name}: skipped, it holds volumes")
-                continue
-            pair = (folder / "images", folder / "masks")
             summary, pictures, failed = evaluate_set(
-                folder.name, *pair, out / folder.name, inferer, protocols, text, control, half, limit, clicks
+                name, *pair, out / name, inferer, protocols, text, control, half, limit, clicks
             )
         except ZeroSegError as error:
-            print(f"{folder.name} failed: {error}", file=sys.stderr)
+            print(f"{name} failed: {error}", file=sys.stderr)
             failures += 1
             continue
-        summaries[folder.name] = summary
+        summaries[name] = summary
         entries += pictures
         failures += failed
     if not summaries:

@@ -1,0 +1,14 @@
+"""Learning from a few labelled images, on the features of a frozen diffusion model.
+
+    head = fit([Case(image, label), ...], inferer, labels={"lesion": 1})
+    head.predict(other_image).label_map
+
+``fit`` takes seconds to a minute; ``exemplar`` takes one labelled image and no fitting at all.
+"""
+
+from zeroseg.learning.cases import Case
+from zeroseg.learning.exemplar import Exemplar
+from zeroseg.learning.fitting import Stopped, fit
+from zeroseg.learning.head import LearnedHead, Prediction
+
+__all__ = ["Case", "Exemplar", "LearnedHead", "Prediction", "Stopped", "fit"]

@@ -1,0 +1,178 @@
+"""Fitting a head to a few labelled images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.promptable import load_head
+from zeroseg.learning.augmentation import augment
+from zeroseg.learning.cases import Case, check_labels, labelled_slices
+from zeroseg.learning.features import Components, Reading, find_components, read_prepared
+from zeroseg.learning.head import LearnedHead
+from zeroseg.learning.network import FewShotNet
+
+if TYPE_CHECKING:
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
+
+STEPS, BATCH = 200, 4
+"""Steps at most, and images in each."""
+RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
+"""Learning rate after a short rise, in the end, and weight decay."""
+RISE = 20
+"""Steps of the rise."""
+
+
+class Stopped(ZeroSegError):
+    """Learning was stopped from outside; nothing was kept."""
+
+
+def fit(
+    cases: Sequence[Case],
+    inferer: AttentionSegmentationInferer,
+    *,
+    labels: Mapping[str, int],
+    seconds: float = 60,
+    progress: Callable[[int, int, float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    seed: int = 0,
+    start: LearnedHead | None = None,
+) -> LearnedHead:
+    """Learn to label images like a few given ones.
+
+    Args:
+        cases: images and volumes with their labels, one or more. Of volumes some slices are learned from.
+        inferer: its frozen model reads the images.
+        labels: name -> value in the labels, 1 to 255.
+        seconds: after which learning ends at the latest; reading the images counts, but is never cut short.
+        progress: called as ``progress(epoch, total_epochs, best_metric)``; the metric is the Dice so far on the given images,
+            changed at random. A total may be reached early where the time is up.
+        cancelled: asked between steps.
+        seed: of every random number. Equal input, settings and number of steps give equal heads.
+        start: a head to go on from; of the same labels and backbone.
+
+    Raises:
+        Stopped: ``cancelled`` said so.
+        ZeroSegError: a label does not fit its image, holds unknown values, or all are empty; ``start`` has other labels.
+        WeightsError: the backbone cannot be loaded.
+    """
+    began = time.perf_counter()
+    names = check_labels(labels)
+    if not seconds > 0:
+        raise ZeroSegError(f"seconds must be positive, not {seconds!r}")
+    if start is not None and start.labels != names:
+        raise ZeroSegError("the head to go on from has other labels: learn from the start")
+    slices = labelled_slices(cases, names, inferer.slice_axis)
+    readings = []
+    for part in slices:
+        _stop_if(cancelled)
+        readings.append(read_prepared(inferer, part.image))
+    classes = [shares(part.classes, len(names) + 1) for part in slices]
+    network, components, facts = fit_readings(
+        readings,
+        classes,
+        left=lambda: 1 - (time.perf_counter() - began) / seconds,
+        progress=progress,
+        cancelled=cancelled,
+        seed=seed,
+        start=start,
+    )
+    facts = {"shots": len(cases), "slices": len(slices), **facts, "seconds": round(time.perf_counter() - began, 1)}
+    return LearnedHead(inferer, network, components, names, facts)
+
+
+def shares(classes: Tensor, count: int) -> Tensor:
+    """(H, W) class of every pixel -> (count, H, W) float32 in {0, 1}."""
+    return F.one_hot(classes, count).permute(2, 0, 1).float()
+
+
+def fit_readings(
+    readings: Sequence[Reading],
+    classes: Sequence[Tensor],
+    *,
+    left: Callable[[], float],
+    progress: Callable[[int, int, float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    seed: int = 0,
+    start: LearnedHead | None = None,
+    steps: int = STEPS,
+) -> tuple[FewShotNet, Components, dict]:
+    """``fit`` of images already read.
+
+    Args:
+        readings: of the images.
+        classes: per image (L + 1, H, W) shares.
+        left: the share of the time that is left; learning ends at 0, after one step at least.
+        other arguments: as ``fit``.
+
+    Returns:
+        the network, the components of its features, and ``steps``, ``train_dice`` and ``seed``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    components = find_components(readings, seed=seed) if start is None else start.components
+    images = torch.stack([r.image for r in readings])
+    features = torch.stack([components(r) for r in readings])
+    side = images.shape[-1]
+    truths = torch.stack([F.interpolate(c[None], (side, side), mode="bilinear", antialias=True)[0] for c in classes])
+    network = _network(len(classes[0]), features.shape[1], seed, start)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    metric, best, done = 0.0, 0.0, 0
+    while done < steps:
+        _stop_if(cancelled)
+        spent = max(done / steps, 1 - left())
+        if spent >= 1 and done:
+            break
+        for group in optimizer.param_groups:
+            rise = min(1.0, (done + 1) / RISE)
+            group["lr"] = LEAST_RATE + RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
+        batch = _draw(len(images), BATCH, generator)
+        image, feature, truth = augment(images[batch], features[batch], truths[batch], generator)
+        with torch.enable_grad():
+            logits = network(image.contiguous(memory_format=torch.channels_last), feature)
+            loss, dice = loss_and_dice(logits, truth)
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        done += 1
+        metric = dice if done == 1 else 0.9 * metric + 0.1 * dice
+        best = max(best, metric)
+        if progress is not None and (done % 10 == 0 or done == steps):
+            progress(done, steps, best)
+    return network, components, {"steps": done, "train_dice": round(metric, 4), "seed": seed}
+
+
+def _network(classes: int, components: int, seed: int, start: LearnedHead | None) -> FewShotNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = FewShotNet(classes, components, load_head())
+    if start is not None:
+        network.load_state_dict(start.network.state_dict())
+    return network.requires_grad_(True).train().to(memory_format=torch.channels_last)
+
+
+def _draw(count: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Images of a step: each once before any comes twice."""
+    rounds = -(-batch // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:batch]
+
+
+def loss_and_dice(logits: Tensor, truth: Tensor) -> tuple[Tensor, float]:
+    """Cross-entropy plus 1 - Dice, over all pixels of a batch; and the Dice itself, its mean over the labels."""
+    shares = logits.softmax(1)[:, 1:]
+    wanted = truth[:, 1:]
+    both = (shares * wanted).sum((0, 2, 3))
+    dice = ((2 * both + 1) / (shares.sum((0, 2, 3)) + wanted.sum((0, 2, 3)) + 1)).mean()
+    return F.cross_entropy(logits, truth) + 1 - dice, float(dice.detach())
+
+
+def _stop_if(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise Stopped("learning was stopped: nothing was saved, an earlier head stays as it is")

@@ -1,0 +1,198 @@
+"""A head learned from a few labelled images: what it says of others, and how it is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from zeroseg import __version__
+from zeroseg.attention.encoding import EncodedImage
+from zeroseg.attention.prepare import prepare
+from zeroseg.errors import WeightsError
+from zeroseg.interaction.head import PromptHead
+from zeroseg.learning.cases import to_tensor
+from zeroseg.learning.features import Components, Reading, read_encoded, read_prepared
+from zeroseg.learning.network import FewShotNet
+from zeroseg.learning.store import read_folder, write_folder
+
+if TYPE_CHECKING:
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
+
+SMOOTH = 0.7
+"""Deviation, in slices, by which probabilities are smoothed from slice to slice."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says of an image.
+
+    Attributes:
+        label_map: (H, W) or (X, Y, Z) uint8, the labels' values; 0 background.
+        probabilities: (L + 1, H, W) or (L + 1, X, Y, Z) float32; the background, then the labels by value; sums to 1.
+        confidence: in [0, 1], the Dice that the probabilities themselves expect; for choosing which image to label next.
+    """
+
+    label_map: np.ndarray
+    probabilities: np.ndarray
+    confidence: float
+
+    @property
+    def certainty(self) -> np.ndarray:
+        """float32 of the label map's shape, in [0, 1]: how far the label given to a pixel beats the runner-up."""
+        top = np.partition(self.probabilities, -2, axis=0)[-2:]
+        return top[1] - top[0]
+
+
+def expected_dice(probabilities: np.ndarray) -> float:
+    """The Dice of the most probable label map, were every pixel's label drawn by its probabilities.
+
+    Where nothing is found: how surely there is nothing at any one place.
+    """
+    chosen = probabilities.argmax(0)
+    scores = []
+    for k in range(1, len(probabilities)):
+        mask = chosen == k
+        if mask.any():
+            scores.append(2 * float(probabilities[k][mask].sum()) / float(probabilities[k].sum() + mask.sum()))
+    return float(np.mean(scores)) if scores else 1 - float(probabilities[1:].sum(0).max())
+
+
+class LearnedHead:
+    """A network fitted to a few labelled images over one frozen backbone, read with certain settings.
+
+    Args:
+        inferer: reads the images.
+        network: fitted.
+        components: of the features.
+        labels: name -> value, ordered by value.
+        facts: what a record says beside: shots, slices, steps, seconds, metric, seed.
+    """
+
+    def __init__(
+        self,
+        inferer: AttentionSegmentationInferer,
+        network: FewShotNet,
+        components: Components,
+        labels: dict[str, int],
+        facts: dict[str, Any],
+    ):
+        self.inferer, self.components, self.labels, self.facts = inferer, components, labels, facts
+        self.network = network.eval().requires_grad_(False)
+
+    def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
+        """Label an image or a volume.
+
+        Args:
+            image: an encoding of the same inferer, or (C, H, W), or (C, X, Y, Z), which is read slice by slice.
+
+        Raises:
+            ZeroSegError: the image is empty, not finite, or of other dimensions.
+        """
+        if isinstance(image, EncodedImage):
+            return self._decide(self.probabilities(read_encoded(self.inferer, image)))
+        full = prepare(to_tensor(image))
+        if full.ndim == 3:
+            return self._decide(self.probabilities(read_prepared(self.inferer, full)))
+        axis = self.inferer.slice_axis % 3
+        slices = [self.probabilities(read_prepared(self.inferer, part)) for part in full.unbind(axis + 1)]
+        stack = np.stack(slices, axis + 1)
+        if len(slices) > 1:
+            stack = ndimage.gaussian_filter1d(stack, SMOOTH, axis + 1, mode="nearest")
+        return self._decide(stack)
+
+    @torch.inference_mode()
+    def probabilities(self, reading: Reading) -> np.ndarray:
+        """(L + 1, H, W) float32 of what was read of an image: the mean over its four mirror images."""
+        image, features = reading.image, self.components(reading)
+        flips: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
+        images = torch.stack([image.flip(f) for f in flips])
+        logits = self.network(images, torch.stack([features.flip(f) for f in flips]))
+        shares = torch.stack([share.flip(f) for share, f in zip(logits.softmax(1), flips, strict=True)]).mean(0)
+        return F.interpolate(shares[None], reading.size, mode="bilinear", align_corners=False)[0].numpy()
+
+    def _decide(self, probabilities: np.ndarray) -> Prediction:
+        values = np.array([0, *self.labels.values()], np.uint8)
+        return Prediction(values[probabilities.argmax(0)], probabilities, expected_dice(probabilities))
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the head; JSON-serialisable."""
+        return {"labels": dict(self.labels), **self.facts}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the head into a folder, where it takes the place of another; see ``store.write_folder``.
+
+        Raises:
+            ZeroSegError: the folder cannot be written to.
+        """
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {"components.mean": self.components.mean, "components.basis": self.components.basis}
+        config = {
+            "zeroseg": __version__,
+            "labels": self.labels,
+            "labels_sha256": _labels_sha256(self.labels),
+            "belongs_to": _belongs_to(self.inferer),
+            "network": {
+                "classes": self.network.classes,
+                "components": self.network.components,
+                "widths": self.network.widths,
+                "blocks": self.network.blocks,
+            },
+            "facts": self.facts,
+        }
+        write_folder(Path(folder), tensors, config)
+
+    @classmethod
+    def load(cls, folder: str | Path, inferer: AttentionSegmentationInferer) -> LearnedHead:
+        """Read a head.
+
+        Args:
+            folder: that ``save`` wrote.
+            inferer: of the backbone and encoding settings it was learned with.
+
+        Raises:
+            WeightsError: there is none, it is damaged, or it belongs to another backbone or to other encoding settings.
+        """
+        folder = Path(folder)
+        tensors, config = read_folder(folder)
+        try:
+            labels, described = dict(config["labels"]), config["network"]
+            own, wanted = _belongs_to(inferer), config["belongs_to"]
+            if config["labels_sha256"] != _labels_sha256(labels):
+                raise WeightsError(f"the labels of {folder.name} were changed after it was learned: learn it again")
+            for name, value in own.items():
+                if wanted[name] != value:
+                    raise WeightsError(
+                        f"the head in {folder.name} was learned with another {name.replace('_', ' ')} "
+                        f"({_short(wanted[name])}, here {_short(value)}): use that one, or learn again"
+                    )
+            body = PromptHead(described["widths"], described["blocks"])
+            network = FewShotNet(described["classes"], described["components"], body)
+            components = Components(tensors.pop("components.mean"), tensors.pop("components.basis"))
+            network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise WeightsError(f"the head in {folder.name} is not one of this version: learn it again") from error
+        return cls(inferer, network, components, labels, dict(config["facts"]))
+
+
+def _belongs_to(inferer: AttentionSegmentationInferer) -> dict[str, Any]:
+    """What a head can only be used with: SHA-256 of the backbone's weights, and every setting that shapes what is read."""
+    inferer.check()
+    settings = json.loads(json.dumps(dict(inferer.encoding_key)))
+    return {"backbone": inferer.backbone.describe()["sha256"], **settings}
+
+
+def _labels_sha256(labels: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else repr(value)
