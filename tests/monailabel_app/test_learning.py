@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 SMALL = ("--resolution", "128")
 SIDE = 96
 NAMES = [{"name": "disc", "idx": 1}, {"name": "bar", "idx": 2}]
-PATIENCE = 240
+TRAINING = {"seconds": 3600, "steps": 30}
+"""Ended by its steps, so that it learns the same on every machine."""
+PATIENCE = 560
 
 
 def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +89,7 @@ def loop(tmp_path_factory):
         assert refused.status_code == 422 and "no label was submitted" in refused.json()["detail"]
         for k in range(3):
             submit(client, folder / "labels", f"scene{k}", truths[k])
-        client.train_start("learned", {"seconds": 20})
+        client.train_start("learned", TRAINING)
         waits, epochs = [], []
         while client.train_status(check_if_running=True) or not waits:
             start = time.perf_counter()
@@ -114,7 +116,7 @@ def test_what_was_learned_is_found_in_the_next_image(loop):
     path, answer = client.infer("learned", "scene3", {"result_extension": ".nrrd"})
     found = read_image(find_cases(Path(path))[0]).array[0]
     assert found.shape == (SIDE, SIDE, 1) and answer["label_names"] == {"disc": 1, "bar": 2}
-    assert min(dice(found == value, truths[3] == value) for value in (1, 2)) > 0.7
+    assert min(dice(found == value, truths[3] == value) for value in (1, 2)) > 0.6
 
 
 def test_the_head_is_scored_label_by_label(loop):
@@ -143,7 +145,7 @@ def test_a_training_that_is_killed_leaves_the_head_before(loop, tmp_path):
     studies = server.log.parent / "studies"
     before = json.loads((studies / ".learned" / "current.json").read_text())
     submit(client, tmp_path, "scene3", truths[3])
-    client.train_start("learned", {"seconds": 60})
+    client.train_start("learned", {"seconds": 3600})
     deadline = time.monotonic() + PATIENCE
     while (
         client.info()["train_stats"]["learned"].get("epoch", 0) < 1
@@ -158,7 +160,7 @@ def test_a_training_that_is_killed_leaves_the_head_before(loop, tmp_path):
     assert client.info()["train_stats"]["learned"]["total_time"] == before["total_time"]
     client.infer("learned", "scene4", {"result_extension": ".nrrd"})
     # And the button that stops one does the same.
-    client.train_start("learned", {"seconds": 60})
+    client.train_start("learned", {"seconds": 3600})
     time.sleep(3)
     client.train_stop()
     assert not client.train_status(check_if_running=True)
@@ -168,6 +170,7 @@ def test_a_training_that_is_killed_leaves_the_head_before(loop, tmp_path):
 BAD = {
     "seconds of words": ("/train/learned", {"seconds": "long"}),
     "seconds below zero": ("/train/learned", {"seconds": -1}),
+    "no steps": ("/train/learned", {"steps": 0}),
     "a model that is frozen": ("/train/points", {}),
     "seconds of a strategy": ("/activelearning/uncertain", {"seconds": "long"}),
 }

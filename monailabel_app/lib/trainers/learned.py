@@ -23,9 +23,9 @@ from zeroseg.learning import Case, fit
 
 logger = logging.getLogger(__name__)
 
-NICENESS = 10
+NICENESS = 5
 """The training gives way to the server, which answers meanwhile."""
-CONFIG = {"seconds": 60.0, "from_scratch": False, "seed": 0}
+CONFIG = {"seconds": 60.0, "steps": 200, "from_scratch": False, "seed": 0}
 
 
 class LearnedTrainer(TrainTask):
@@ -42,7 +42,7 @@ class LearnedTrainer(TrainTask):
         self.engine, self.heads = engine, heads
 
     def config(self) -> dict[str, Any]:
-        """``seconds`` to train for; ``from_scratch``: do not go on from the head before; ``seed``."""
+        """``seconds`` and ``steps`` at most; ``from_scratch``: do not go on from the head before; ``seed``."""
         return dict(CONFIG)
 
     def stats(self) -> dict[str, Any]:
@@ -59,6 +59,8 @@ class LearnedTrainer(TrainTask):
         options = {name: pick(name, request.get(name, default), default) for name, default in CONFIG.items()}
         if not 1 <= options["seconds"] <= 3600:
             raise ZeroSegError(f"seconds must be 1 to 3600, not {options['seconds']:g}")
+        if not 1 <= options["steps"] <= 10_000:
+            raise ZeroSegError(f"steps must be 1 to 10000, not {options['steps']}")
         if not submitted(datastore):
             raise Refused("no label was submitted yet: submit at least one, then train")
         return options
@@ -74,7 +76,7 @@ class LearnedTrainer(TrainTask):
             what is known of the head, see ``Heads.record``.
 
         Raises:
-            Refused, ZeroSegError: as ``check``, or no label can be read.
+            Refused, ZeroSegError: as ``check``, no label can be read, or the training was stopped.
         """
         options = self.check(request, datastore)
         started, server = time.time(), os.getppid()
@@ -107,11 +109,13 @@ class LearnedTrainer(TrainTask):
                 cancelled=cancelled,
                 seed=options["seed"],
                 start=None if options["from_scratch"] else self._start(values),
+                steps=options["steps"],
             )
-            if cancelled():
-                raise ZeroSegError("the training was stopped: the model before it is served on")
+            done = head.describe()
             record = {
-                **state,
+                "epoch": done["steps"],
+                "total_epochs": done["steps"],
+                "best_metric": max(state["best_metric"], done["train_dice"]),
                 "labels": values,
                 "images": {one.image: one.time for one in submissions},
                 "total_time": str(timedelta(seconds=round(time.time() - started))),
