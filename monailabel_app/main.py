@@ -13,6 +13,7 @@ from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.utils.async_tasks.utils import tasks as background_tasks
 
+from lib import rtstruct
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
 from lib.engine import Engine
@@ -105,9 +106,13 @@ class ZeroSegApp(MONAILabelApp):
         return {"learned": LearnedScore(self.engine, self.heads)}
 
     def info(self) -> dict[str, Any]:
-        """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'."""
+        """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'.
+
+        ``rtstruct`` says whether a label can be saved as contours as well.
+        """
         learned = self._infers["learned"].labels
-        return {**super().info(), "labels": [*learned] or [UNNAMED]}
+        remote = self.studies.startswith(("http://", "https://"))
+        return {**super().info(), "labels": [*learned] or [UNNAMED], "rtstruct": remote and rtstruct.available()}
 
     def init_datastore(self):
         if self.studies.startswith(("http://", "https://")):

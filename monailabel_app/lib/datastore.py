@@ -15,9 +15,13 @@ import numpy as np
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.utils.convert import binary_to_image
+from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
+from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from lib import rtstruct
 from lib.mends import dicom_seg
 from lib.mends.errors import NotFound, Refused, is_name
 from lib.sources import CONVERTED, stamp
@@ -231,6 +235,22 @@ class StudyDatastore(DICOMWebDatastore):
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
     ) -> str:
-        """Store a label, a final one as DICOM SEG as well; a task's own answer, saved by a batch, comes with ``params``."""
+        """Store a label, a final one as DICOM SEG as well, and as RTSTRUCT where ``label_info`` asks for it by ``rtstruct``.
+
+        A task's own answer, saved by a batch, comes with ``params``.
+
+        Raises:
+            ZeroSegError: the label is empty, or cannot be written in that form; nothing is stored then.
+        """
         dicom_seg.remember(label_info.get("params"))
-        return super().save_label(image_id, label_filename, label_tag, label_info, label_id)
+        contours = None
+        if label_tag == DefaultLabelTag.FINAL and label_info.get("rtstruct"):
+            # MONAI Label takes OHIF's raw voxels apart only below.
+            image = self.get_image_uri(image_id)
+            mask = binary_to_image(image, label_filename) if label_filename.endswith(".bin") else label_filename
+            series = Path(self._datastore.image_path()) / image_id
+            contours = rtstruct.write(series, Path(mask), label_info.get("label_info") or ())
+        saved = super().save_label(image_id, label_filename, label_tag, label_info, label_id)
+        if contours is not None:
+            dicom_web_upload_dcm(contours, self._client)
+        return saved
