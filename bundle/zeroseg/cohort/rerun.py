@@ -86,6 +86,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ZeroSegError(f"{path.name} is not valid JSON: {error}") from error
     try:
+        if manifest["inferer"] == "LearnedInferer":
+            raise ZeroSegError(
+                f"{path.name} is of a learned head: run zeroseg segment with --learned or --exemplar again"
+            )
         known = manifest["inferer"] in CONFIGS
         for key in ("settings", "backbone"):
             known &= isinstance(manifest[key], dict)

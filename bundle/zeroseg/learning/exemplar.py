@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,6 +65,10 @@ class Exemplar:
         small = F.interpolate(reading.image[None], (GRID, GRID), mode="area")[0]
         colour = (small - small.mean()) / (small.std() + 0.02)
         return F.normalize(torch.cat([self._components(reading), 2 * colour]).flatten(1).T, dim=1)
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of it; JSON-serialisable."""
+        return {"labels": dict(self.labels)}
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image, as ``LearnedHead.predict`` does.

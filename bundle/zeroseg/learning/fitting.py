@@ -44,6 +44,7 @@ def fit(
     cancelled: Callable[[], bool] | None = None,
     seed: int = 0,
     start: LearnedHead | None = None,
+    steps: int = STEPS,
 ) -> LearnedHead:
     """Learn to label images like a few given ones.
 
@@ -57,6 +58,7 @@ def fit(
         cancelled: asked between steps.
         seed: of every random number. Equal input, settings and number of steps give equal heads.
         start: a head to go on from; of the same labels and backbone.
+        steps: after which learning ends at the latest.
 
     Raises:
         Stopped: ``cancelled`` said so.
@@ -83,6 +85,7 @@ def fit(
         cancelled=cancelled,
         seed=seed,
         start=start,
+        steps=steps,
     )
     facts = {"shots": len(cases), "slices": len(slices), **facts, "seconds": round(time.perf_counter() - began, 1)}
     return LearnedHead(inferer, network, components, names, facts)
