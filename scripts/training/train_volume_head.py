@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from scipy import ndimage
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from phantoms3d import make_volume
 from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
@@ -32,9 +32,9 @@ from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
 
 TURNS = 4
-BATCH = 16
-AVERAGE = 0.997
-"""Of the exponential moving average over steps that is exported."""
+BATCH = 8
+AVERAGE = 0.995
+"""Of the exponential moving average over steps that is exported; shorter at first."""
 POOL, USES = 96, 24
 """Scenes in memory, and episodes drawn from one before it is painted anew."""
 PHANTOMS, REAL = 0.22, 0.15
@@ -288,11 +288,17 @@ def losses(logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x:
     return {"shape": shape.mean(), "obey": obey.mean(), "quality": F.binary_cross_entropy_with_logits(quality, iou), "iou": iou}  # fmt: skip
 
 
+def average(means: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
+    """The moving average of ``AveragedModel``, in place."""
+    kept = min(AVERAGE, (1 + int(count)) / (10 + int(count)))
+    torch._foreach_lerp_(means, current, 1 - kept)
+
+
 def export(work: Path, out: Path) -> None:
     """The averaged weights and what made them, as the package loads them."""
     out.mkdir(parents=True, exist_ok=True)
     stored = torch.load(work / "state.pt", weights_only=True)
-    mean = AveragedModel(VolumeHead(), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    mean = AveragedModel(VolumeHead(), multi_avg_fn=average)
     mean.load_state_dict(stored["mean"])
     head = mean.module
     save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
@@ -316,9 +322,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--unlabelled", type=Path, help="folder with real scans (NIfTI) in folders named images")
-    parser.add_argument("--minutes", type=float, default=60, help="of this call")
-    parser.add_argument("--steps", type=int, default=6000, help="the learning rate falls over the last third of them")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="of this call; the learning rate falls over its last third"
+    )
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
@@ -329,7 +336,7 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     net = VolumeHead().to(memory_format=torch.channels_last_3d)
-    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    mean = AveragedModel(net, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
     step, state = 0, args.work / "state.pt"
     if state.is_file():
@@ -351,10 +358,10 @@ def main() -> int:
         partial.rename(state)
 
     def rate() -> float:
-        fall = min(1.0, (args.steps - step) / (args.steps / 3))
+        fall = min(1.0, 3 * (1 - (time.monotonic() - start) / (60 * args.minutes)))
         return args.rate * min(1.0, (step + 1) / 100) * max(0.02, fall)
 
-    while step < args.steps and time.monotonic() - start < 60 * args.minutes:
+    while time.monotonic() - start < 60 * args.minutes:
         episodes = [Episode(pool, np.random.default_rng(rng.integers(2**62))) for _ in range(BATCH)]
         target = torch.from_numpy(np.stack([e.truth for e in episodes]))
         for turn in range(TURNS):

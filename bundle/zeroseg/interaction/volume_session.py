@@ -1,7 +1,7 @@
 """Answers to ordered prompts in a volume, by the promptable head for volumes.
 
-The first prompt finds the object: the head looks at cubes of many widths around it, from a few voxels to the whole scan, and the width at
-which it is surest, and at which its neighbours agree, is looked at again around what was found. Each further prompt mends the
+The first prompt finds the object: the head looks at cubes of many widths around it, from a few voxels to the whole scan, and the answer
+that all the others agree with most is taken. Each further prompt mends the
 answer before: what the head would change in a cube around the object is taken over where it is connected to the mark and nearer to
 it than to any mark of the other kind, in mm; all slices alike, and nothing elsewhere. Cost follows the object, not the scan.
 
@@ -39,25 +39,24 @@ from zeroseg.interaction.volume_head import (
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
-SMALLEST = 12
+SMALLEST = 10
 """Side of the smallest cube looked at, in voxels of mean side."""
 STEP = 1.4
 """Ratio of the widths of two cubes of the first look."""
 LARGEST_MM = 500.0
 """Side of the largest cube looked at, in mm, unless the marks lie further apart."""
-AGREE = 0.6
-"""Weight of a width's overlap with its neighbours' answers, beside its estimated IoU."""
-ROOM, MEND_ROOM = 1.7, 1.5
-"""A cube is this many times as wide as the answer it is to look at again, or to mend."""
+TRUST = 4.0
+"""How much more an answer counts of which the head is surer: e to this times the estimated IoU."""
+ROOM = 1.5
+"""A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
 """Weight of a first candidate's IoU with a prior, beside its estimated IoU; and the estimate below which the prior itself is shown."""
-LOOKS = 2
-"""How often a first answer is looked at again."""
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 0.6, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
 
 
+VOLUME_HEAD = MODELS / "interaction_volume"
 SESSION_BYTES = 512 << 20
 """Bytes of the scans and answers kept between calls."""
 
@@ -186,7 +185,7 @@ def load_volume_head() -> VolumeHead:
     Raises:
         WeightsError: as ``promptable.load_head``.
     """
-    return load_head(MODELS / "interaction_volume", VolumeHead)
+    return load_head(VOLUME_HEAD, VolumeHead)
 
 
 def answer_volume(
@@ -371,17 +370,9 @@ class VolumeSession:
         else:
             middle = (wanted.min(0) + wanted.max(0) + 1) / 2
             spread = float(((np.ptp(wanted, axis=0) + 1) * size).max())
-            cube, logits, quality = self._best_width(middle, spread, marks)
-        answer = self._answer(cube, logits, quality, marks)
-        if box is not None:
-            return _bounded(answer, box, marks)
-        for _ in range(LOOKS):
-            if not answer.mask.any():
-                break
-            cube = self._cube_of(answer, marks, ROOM)
-            logits, quality = self.look(cube, marks, None, None)
-            answer = self._answer(cube, logits, quality, marks)
-        return answer
+            cube, logits, quality, shown = self._best_width(middle, spread, marks)
+            return self._answer(cube, logits, quality, marks, shown)
+        return _bounded(self._answer(cube, logits, quality, marks, int(quality.argmax())), box, marks)
 
     def _weighed(self, answer: VolumeAnswer, marks: np.ndarray, box, prior: np.ndarray) -> VolumeAnswer:
         """The candidate that a prior agrees with; the marked part of the prior itself where the head is unsure."""
@@ -402,8 +393,15 @@ class VolumeSession:
             said.append(common / max(1, np.count_nonzero(one) + total - common))
         return replace(answer, shown=int(np.argmax(np.array(answer.estimates) + SAY * np.array(said))))
 
-    def _best_width(self, middle: np.ndarray, spread: float, marks: np.ndarray) -> tuple[Cube, Tensor, Tensor]:
-        """Of cubes of many widths around a place, the one whose answer is surest and is agreed on by its neighbours."""
+    def _best_width(self, middle: np.ndarray, spread: float, marks: np.ndarray) -> tuple[Cube, Tensor, Tensor, int]:
+        """Of all candidates of cubes of many widths around a place, the one that the others agree with most.
+
+        Each says what it does of every place in a common set, finer near the middle; the Dice of two answers is weighted by how sure
+        the head is of the other one.
+
+        Returns:
+            its cube, the cube's logits and estimates, and which candidate it is.
+        """
         size, extent = np.array(self.spacing), np.array(self.shape) * np.array(self.spacing)
         first = max(SMALLEST * float(size.prod() ** (1 / 3)), 1.3 * spread)
         last = max(first, min(1.3 * float(extent.max()), LARGEST_MM))
@@ -411,18 +409,28 @@ class VolumeSession:
         sides = first * STEP ** np.arange(count)
         cubes = [cube_around(middle.tolist(), float(side), self.spacing) for side in sides]
         logits, quality = self._look(cubes, marks, None, None)
-        best = quality.argmax(1)
-        # What the head says of cells outside of the scan means nothing.
-        inside = [see_inside(cube, self.shape) > 0 for cube in cubes]
-        shown = [((one[k] > 0) & i).numpy() for one, k, i in zip(logits, best, inside, strict=True)]
-        score = quality.amax(1).numpy().copy()
-        for k in range(count):
-            others = [_overlap(shown[k], sides[k], shown[j], sides[j]) for j in (k - 1, k + 1) if 0 <= j < count]
-            score[k] += AGREE * float(np.mean(others or [0.0]))
-        k = int(score.argmax())
-        return cubes[k], logits[k], quality[k]
+        places, volumes = _common_places(sides)
+        said = np.zeros((count * CANDIDATES, len(places)), np.float32)
+        for k, (cube, side) in enumerate(zip(cubes, sides, strict=True)):
+            cells = cube.cells(marks[marks[:, 3] == 1][:, :3])
+            # What the head says of cells outside of the scan means nothing.
+            inside = see_inside(cube, self.shape) > 0
+            at = np.floor((places / side + 0.5) * CELLS).astype(int)
+            known = ((at >= 0) & (at < CELLS)).all(1)
+            for c in range(CANDIDATES):
+                mask = ((logits[k, c] > 0) & inside).numpy()
+                mask[tuple(cells.T)] = True
+                parts, _ = ndimage.label(mask)
+                mask = np.isin(parts, np.unique(parts[tuple(cells.T)]))
+                said[k * CANDIDATES + c, known] = mask[tuple(at[known].T)]
+        common = (said * volumes) @ said.T
+        total = common.diagonal()
+        overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
+        best = int((overlap @ np.exp(TRUST * quality.numpy().ravel())).argmax())
+        k, c = divmod(best, CANDIDATES)
+        return cubes[k], logits[k], quality[k], c
 
-    def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray, room: float) -> Cube:
+    def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray) -> Cube:
         """The cube around an answer and the marks given."""
         found = ndimage.find_objects(answer.mask.astype(np.uint8))[0]
         low = np.array([p.start + s.start for p, s in zip(answer.part, found, strict=True)])
@@ -430,22 +438,21 @@ class VolumeSession:
         if len(marks):
             low, high = np.minimum(low, marks[:, :3].min(0)), np.maximum(high, marks[:, :3].max(0) + 1)
         size = np.array(self.spacing)
-        side = max(room * float(((high - low) * size).max()), SMALLEST * float(size.prod() ** (1 / 3)))
+        side = max(ROOM * float(((high - low) * size).max()), SMALLEST * float(size.prod() ** (1 / 3)))
         return cube_around((low + high) / 2, side, self.spacing)
 
-    def _answer(self, cube: Cube, logits: Tensor, quality: Tensor, marks: np.ndarray) -> VolumeAnswer:
+    def _answer(self, cube: Cube, logits: Tensor, quality: Tensor, marks: np.ndarray, shown: int) -> VolumeAnswer:
         part = cube.part(self.shape)
         full = unsee(logits, cube, self.shape).numpy()
         local = _local(marks, part)
         masks = np.stack([_keep_marked(_obey(one > 0, local), local) for one in full])
-        shown = int(quality.argmax())
         probability = 1 / (1 + np.exp(-full[shown]))
         return VolumeAnswer(part, masks, probability.astype(np.float16), tuple(quality.tolist()), shown)
 
     # Corrections -------------------------------------------------------------------------------------------------------
 
     def _mend(self, newest: np.ndarray, marks: np.ndarray, box, before: VolumeAnswer) -> VolumeAnswer:
-        cube = self._cube_of(before, newest, MEND_ROOM)
+        cube = self._cube_of(before, newest)
         logits, quality = self.look(cube, marks, box, before)
         part = _union(before.part, cube.part(self.shape), newest)
         shape = tuple(s.stop - s.start for s in part)
@@ -597,19 +604,24 @@ def _box_cells(box: Sequence[int], cube: Cube) -> Tensor:
     return out
 
 
-def _overlap(first: np.ndarray, first_side: float, second: np.ndarray, second_side: float) -> float:
-    """Dice of two answers from cubes of different sides around one place, on the cells of the narrower one; both empty: 0.
+def _common_places(sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places at which answers of nested cubes around one middle are compared, and the volume that each stands for.
 
-    What of the wider one lies outside of the narrower cube counts against it.
+    Args:
+        sides: of the cubes, from narrow to wide, in mm.
+
+    Returns:
+        (n, 3) mm from the middle, and (n,): the cells of each cube that do not lie in the next narrower one.
     """
-    if first_side > second_side:
-        first, first_side, second, second_side = second, second_side, first, first_side
-    ratio = first_side / second_side
-    at = ((np.arange(CELLS) + 0.5 - CELLS / 2) * ratio + CELLS / 2).astype(int)
-    inner = second[np.ix_(at, at, at)]
-    # Counted in cells of the narrower cube.
-    total = np.count_nonzero(first) + max(np.count_nonzero(inner), np.count_nonzero(second) / ratio**3)
-    return 2 * np.count_nonzero(first & inner) / total if total else 0.0
+    line = (np.arange(CELLS) + 0.5) / CELLS - 0.5
+    cells = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
+    places, volumes, inner = [], [], 0.0
+    for side in sides.tolist():
+        out = np.abs(cells).max(1) * side >= inner / 2
+        places.append(cells[out] * side)
+        volumes.append(np.full(len(places[-1]), (side / CELLS) ** 3))
+        inner = side
+    return np.concatenate(places), np.concatenate(volumes).astype(np.float32)
 
 
 def _slim(answer: VolumeAnswer) -> VolumeAnswer:
