@@ -22,7 +22,7 @@ from zeroseg.learning.network import FewShotNet
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
-STEPS, BATCH = 200, 4
+STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
 RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
 """Learning rate after a short rise, in the end, and weight decay."""
