@@ -197,6 +197,12 @@ def test_labels_that_do_not_fit_are_refused(inferer, label, labels, message):
         fit([Case(scene(0)[0], label)], inferer, labels=labels, seconds=1)
 
 
+def test_bool_labels_are_labels():
+    image, label = scene(0)
+    (part,) = labelled_slices([Case(image, label == 1)], {"disc": 1}, -1)
+    assert torch.equal(part.classes, torch.from_numpy((label == 1).astype(np.int64)))
+
+
 def test_nothing_to_learn_from_and_other_labels_to_go_on_from(inferer, head):
     with pytest.raises(ZeroSegError, match="at least one"):
         fit([], inferer, labels=LABELS)

@@ -88,7 +88,7 @@ def check_label(case: Case, labels: Mapping[str, int], which: str = "a case") ->
     if label.dtype.kind not in "bui":
         if not (np.isfinite(label).all() and (label == np.rint(label)).all()):
             raise ZeroSegError(f"{which}: the label must hold whole numbers")
-        label = label.astype(np.int64)
+    label = label.astype(np.int64)
     unknown = sorted({int(value) for value in np.unique(label)} - {0, *labels.values()})
     if unknown:
         known = ", ".join(f"{name}={value}" for name, value in labels.items())
