@@ -106,7 +106,7 @@ def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
     command = ["evaluate", *folders, *options, "--unet-times", "1,2", "--unet-shots", "2", "--out", tmp_path / "out"]
     command += ["--backbone", tiny_pipeline, "--device", "cpu", "--select-settings", "resolution=64"]
     assert run(*command) == 0
-    found = json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"][tmp_path.name]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"]["images"]
     unets = {"BasicUNet", "BasicUNet, 2 times as long"}
     assert set(found) == {"learned", "auto", "exemplar", "colour neighbours", *unets}
     assert set(found["learned"]) == {"1", "2"} and set(found["exemplar"]) == {"1"}

@@ -120,7 +120,8 @@ class LearnedHead:
         facts: dict[str, Any],
     ):
         self.inferer, self.components, self.labels, self.facts = inferer, components, labels, facts
-        self.network = network.eval().requires_grad_(False)
+        # In one layout, whether it was fitted or loaded: sums are rounded in its order.
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
