@@ -22,7 +22,7 @@ from zeroseg.learning.network import FewShotNet
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
-STEPS, BATCH = 200, 4
+STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
 RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
 """Learning rate after a short rise, in the end, and weight decay."""
@@ -52,7 +52,7 @@ def fit(
         cases: images and volumes with their labels, one or more. Of volumes some slices are learned from.
         inferer: its frozen model reads the images.
         labels: name -> value in the labels, 1 to 255.
-        seconds: after which learning ends at the latest; reading the images counts, but is never cut short.
+        seconds: after which learning ends at the latest; reading the images counts for half of it at most.
         progress: called as ``progress(epoch, total_epochs, best_metric)``; the metric is the Dice so far on the given images,
             changed at random. A total may be reached early where the time is up.
         cancelled: asked between steps.
@@ -77,10 +77,12 @@ def fit(
         _stop_if(cancelled)
         readings.append(read_prepared(inferer, part.image))
     classes = [shares(part.classes, len(names) + 1) for part in slices]
+    read = time.perf_counter()
+    rest = max(seconds - (read - began), seconds / 2)
     network, components, facts = fit_readings(
         readings,
         classes,
-        left=lambda: 1 - (time.perf_counter() - began) / seconds,
+        left=lambda: 1 - (time.perf_counter() - read) / rest,
         progress=progress,
         cancelled=cancelled,
         seed=seed,
