@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 
 import nibabel as nib
 import numpy as np
@@ -302,3 +303,64 @@ def test_the_dataset_lists_and_reads(images):
     dataset = CaseDataset(images)
     assert len(dataset) == 2
     assert dataset[1].array.shape == (1, 30, 50)
+
+
+def drawings(tmp_path, shape=(30, 50)):
+    """A folder with strokes and a mask for an image of 30 x 50 pixels."""
+    strokes = np.zeros(shape, np.uint8)
+    strokes[10, 10:30], strokes[2, 2:40] = 1, 2
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")
+    Image.fromarray(((np.indices(shape)[1] > 20) * 255).astype(np.uint8)).save(tmp_path / "draft.png")
+    return strokes
+
+
+def test_drawn_prompts_come_from_files_beside_the_prompts_file(inferer, images, out, tmp_path):
+    strokes = drawings(tmp_path)
+    given = {"second": {"scribbles": "strokes.png", "mask": "draft.png", "candidate": 2}}
+    manifest = run(inferer, images, out, prompts=prompts(tmp_path, given))
+    entry = manifest["cases"][1]
+    # Names alone: the folders of a machine stay on it.
+    assert (entry["status"], entry["prompt"]) == ("done", given["second"])
+    labels = np.asarray(Image.open(out / "second_seg.png"))
+    assert labels[strokes == 1].all() and not labels[strokes == 2].any()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ({"scribbles": "none.png"}, "scribbles none.png: no such file"),
+        ({"scribbles": "draft.png"}, "must hold 1 .object., 2 .background. and 0"),
+        ({"mask": "other.png"}, "has the shape"),
+        ({"mask": "broken.png"}, "broken.png"),
+        ({"mask": "draft.png", "candidate": 4}, "candidate must be 1, 2 or 3"),
+    ],
+)
+def test_drawings_that_do_not_fit_fail_their_case_alone(inferer, images, out, tmp_path, prompt, reason):
+    drawings(tmp_path)
+    Image.fromarray(gray(8, 8)).save(tmp_path / "other.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    exits(2, inferer, images, out, prompts=prompts(tmp_path, {"second": prompt}))
+    first, second = manifest_of(out)["cases"]
+    assert first["status"] == "done" and second["status"] == "failed"
+    assert re.search(reason, second["reason"])
+
+
+def test_drawings_of_a_volume_have_its_affine(inferer, out, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    volume = np.random.default_rng(0).random((16, 20, 3)).astype(np.float32)
+    draft = np.zeros(volume.shape, np.uint8)
+    draft[4:9, 5:12, 1] = 1
+    write_nifti(images / "scan.nii.gz", volume, OBLIQUE)
+    for name, affine in (("fits.nii.gz", OBLIQUE), ("moved.nii.gz", OBLIQUE + np.eye(4)[:, [3, 0, 1, 2]])):
+        write_nifti(tmp_path / name, draft, affine)
+    given = prompts(tmp_path, {"scan": {"mask": "fits.nii.gz"}})
+    assert run(inferer, images, out, prompts=given)["cases"][0]["status"] == "done"
+    np.testing.assert_array_equal(np.asanyarray(nib.load(out / "scan_seg.nii.gz").dataobj), draft)
+    exits(2, inferer, images, out, prompts=prompts(tmp_path, {"scan": {"mask": "moved.nii.gz"}}))
+    assert "another affine" in manifest_of(out)["cases"][0]["reason"]
+
+
+def test_a_drawing_is_named_not_loaded_by_a_prompts_file(tmp_path):
+    with pytest.raises(ZeroSegError, match="scribbles must be the name of an image file"):
+        load_prompts(prompts(tmp_path, {"a": {"scribbles": [[0, 1]]}}))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from zeroseg import __version__
 from zeroseg.errors import ZeroSegError, is_out_of_memory
-from zeroseg.interaction.prompts import PROMPT_KEYS, check_values
+from zeroseg.interaction.prompts import DRAWN, PROMPT_KEYS, check_values
 from zeroseg.io import (
     Case,
     Image,
@@ -86,6 +86,8 @@ def load_prompts(
 ) -> dict[str, dict[str, Any]]:
     """Read ``prompts.json``: case stem -> keyword arguments of ``predict``.
 
+    Scribbles and masks are given as names of image files, from the folder that ``prompts.json`` is in; they come back as whole paths.
+
     Args:
         path: of the file, None, or what such a file holds.
         keys: the arguments that may be given.
@@ -116,7 +118,41 @@ def load_prompts(
         unknown = sorted(set(entry) - set(keys))
         if unknown:
             raise ZeroSegError(f"prompts {path.name}, {stem}: unknown key {unknown[0]!r}; use {', '.join(keys)}")
+        for key in set(DRAWN) & set(entry):
+            if not isinstance(entry[key], str):
+                raise ZeroSegError(f"prompts {path.name}, {stem}: {key} must be the name of an image file")
+            entry[key] = str(path.parent.resolve() / entry[key])
     return prompts
+
+
+def read_drawn(file: str | os.PathLike, name: str, image: Image) -> np.ndarray:
+    """What was drawn on an image, from a file of its own: a label map in the geometry of the image.
+
+    Args:
+        file: picture, NIfTI, NRRD or MetaImage.
+        name: ``scribbles`` or ``mask``.
+        image: what it was drawn on.
+
+    Returns:
+        Array of the image's shape: the values of scribbles (1 object, 2 background, 0 neither), or bool for a mask.
+
+    Raises:
+        ZeroSegError: there is no such file, it cannot be read, or it has another geometry.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ZeroSegError(f"{name} {path.name}: no such file")
+    drawn = read_image(find_cases(path)[0])
+    if drawn.shape != image.shape:
+        raise ZeroSegError(f"{name} {path.name} has the shape {drawn.shape}, the image {image.shape}")
+    if drawn.affine is not None and image.affine is not None and not np.allclose(drawn.affine, image.affine, atol=1e-2):
+        raise ZeroSegError(f"{name} {path.name} has another affine than the image: save it in the image's own geometry")
+    if name == "mask":
+        return (drawn.array != 0).any(0)
+    values = drawn.array[0]
+    if not (drawn.array == values).all() or not np.isin(values, (0, 1, 2)).all():
+        raise ZeroSegError(f"scribbles {path.name} must hold 1 (object), 2 (background) and 0 (neither) only")
+    return values.astype(np.uint8)
 
 
 class CaseRunner:
@@ -259,9 +295,12 @@ class CaseRunner:
             image = read_image(case)
             unit = to_unit_range(image, self.window)
             read = time.perf_counter()
-            entry["prompt"] = prompt = self._prompt(image, prompt)
+            prompt = self._prompt(image, prompt)
             check_values(prompt)
-            result = self._segment(image, unit, prompt)
+            drawn = {key: prompt[key] for key in DRAWN if key in prompt}
+            entry["prompt"] = prompt | {key: Path(file).name for key, file in drawn.items()}
+            arrays = {key: read_drawn(file, key, image) for key, file in drawn.items()}
+            result = self._segment(image, unit, prompt | arrays)
             segmented = time.perf_counter()
             for doubt in result.notes:
                 tqdm.write(one_line(f"zeroseg: {case.stem}: warning: {doubt}"), file=sys.stderr)
@@ -301,13 +340,13 @@ class CaseRunner:
 
     def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
         """The prompt of a case, completed by what holds for all cases."""
-        if self.text is not None and not {"points", "box", "text"} & set(prompt):
+        if self.text is not None and not {"points", "box", "text", *DRAWN} & set(prompt):
             return {**prompt, "text": self.text}
         return prompt
 
     def _segment(self, image: Image, unit: np.ndarray, prompt: dict[str, Any]) -> Segmentation:
         """The result for a case; ``unit`` is the image in [0, 1]."""
-        return self.inferer.segment(unit, **prompt)
+        return self.inferer.segment(unit, affine=image.affine, **prompt)
 
     def _write(
         self, case: Case, image: Image, unit: np.ndarray, result: Segmentation, prompt: dict, output: Path

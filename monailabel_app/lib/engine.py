@@ -63,7 +63,7 @@ class Engine:
         """
         inferer = self.inferer.replace(**(settings or {}))
         if only_slice is None or not entry.image.is_volume:
-            return inferer.segment(entry.prepared, select, prepared=True, **prompt)
+            return inferer.segment(entry.prepared, select, prepared=True, affine=entry.image.affine, **prompt)
         axis = inferer.slice_axis % 3
         count = entry.image.shape[axis]
         if not 0 <= only_slice < count:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from skimage.morphology import skeletonize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scenes import Scene
@@ -82,6 +83,10 @@ def spoil(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out > 0
 
 
+class NothingToAskFor(Exception):
+    """A scene has no object of sensible size."""
+
+
 class Episode:
     """One object, prompted several times.
 
@@ -90,9 +95,11 @@ class Episode:
 
     def __init__(self, item: dict, rng: np.random.Generator):
         self.rng = rng
-        self.truth = None
-        while self.truth is None:
-            self.truth = self._object(item)
+        drawn = (self._object(item) for _ in range(50))
+        found = next((truth for truth in drawn if truth is not None), None)
+        if found is None:
+            raise NothingToAskFor
+        self.truth = found
         image = item["image"].astype(np.float32) / 255
         if rng.random() < 0.5:
             image = image ** np.exp(rng.normal(0, 0.3))
@@ -193,12 +200,14 @@ class Episode:
         elif draw < 0.22:
             self.last = spoil(self.truth, self.rng)
             if self.last.any() and (self.last != self.truth).any():
-                self.correct()
+                # A mask alone is a prompt too: a neighbour slice's, to be moved to where the object is here.
+                if self.rng.random() < 0.6:
+                    self.correct()
                 return
             self.last = None
-        elif draw < 0.34:
+        elif draw < 0.44:
             self._stroke(inside, 1)
-            if self.rng.random() < 0.6:
+            if self.rng.random() < 0.75:
                 around = cv2.dilate(inside.astype(np.uint8), np.ones((25, 25), np.uint8)) > 0
                 outside = np.zeros_like(inside)
                 outside[self.window.slices] = (around & ~self.truth)[self.window.slices]
@@ -211,16 +220,43 @@ class Episode:
         if self.rng.random() < 0.55:
             y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         else:
-            places = np.argwhere(depth >= min(2.0, float(depth.max())))
+            places = np.argwhere(depth >= min(self.rng.choice([1.0, 2.0, 4.0]), float(depth.max())))
             y, x = places[self.rng.integers(len(places))]
         self.mark(np.array([[y, x]]), kind)
 
     def _stroke(self, region: np.ndarray, kind: int) -> None:
-        """A line drawn by a hurried hand: a walk that stays inside of a region."""
+        """A line drawn by a hurried hand: a walk inside of a region, along its middle, or along its edge."""
         depth = inner(region)
+        draw = self.rng.random()
+        if draw < 0.35:
+            line = skeletonize(region)
+        elif draw < 0.6:
+            far = min(self.rng.uniform(2, 6), float(depth.max()))
+            line = (depth >= far) & (depth < far + 1.5)
+        else:
+            line = np.zeros_like(region)
+        if np.count_nonzero(line) < 3:
+            path = self._walk(region, depth)
+        else:
+            # A piece of the line: what lies around one of its pixels.
+            places = np.argwhere(line)
+            apart = np.linalg.norm(places - places[self.rng.integers(len(places))], axis=1)
+            path = places[apart <= np.exp(self.rng.uniform(np.log(6), np.log(150)))]
+        if not len(path):
+            return
+        if self.rng.random() < 0.4:
+            drawn = np.zeros(region.shape, np.uint8)
+            drawn[path[:, 0], path[:, 1]] = 1
+            width = int(self.rng.integers(2, 6))
+            wide = cv2.dilate(drawn, np.ones((width, width), np.uint8)) > 0
+            path = np.argwhere(wide & region)
+        self.mark(path, kind)
+
+    def _walk(self, region: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """(N, 2) pixels of a random walk that stays inside of a region."""
         places = np.argwhere(depth >= min(3.0, float(depth.max())))
         if not len(places):
-            return
+            return places
         y, x = places[self.rng.integers(len(places))].astype(float)
         heading, path = self.rng.uniform(0, 2 * np.pi), []
         for _ in range(int(self.rng.integers(5, 90))):
@@ -232,7 +268,7 @@ class Episode:
                     heading += self.rng.normal(0, 0.25)
                     break
                 heading += self.rng.normal(0, 1.2)
-        self.mark(np.array(path), kind)
+        return np.array(path)
 
     def mark(self, places: np.ndarray, kind: int) -> None:
         self.marks[places[:, 0], places[:, 1]] = kind
@@ -302,14 +338,24 @@ class Episode:
             self._click(region, kind)
 
 
+def draw_episode(items: list[dict], rng: np.random.Generator) -> Episode:
+    """An episode on a scene that has an object to ask for."""
+    while True:
+        try:
+            return Episode(items[rng.integers(len(items))], np.random.default_rng(rng.integers(2**62)))
+        except NothingToAskFor:
+            continue
+
+
 def losses(
     logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, marks: torch.Tensor, first: bool
 ) -> dict[str, torch.Tensor]:
     """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU."""
-    t = target[:, None].float().expand_as(logits)
+    one = target[:, None].float()
+    t = one.expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
     # Pixels at the edge decide the Dice of a nearly right mask.
-    edge = F.max_pool2d(t, 5, 1, 2) - (1 - F.max_pool2d(1 - t, 5, 1, 2))
+    edge = F.max_pool2d(one, 5, 1, 2) - (1 - F.max_pool2d(1 - one, 5, 1, 2))
     bce = (bce * (1 + 2 * edge)).mean((2, 3))
     p = logits.sigmoid()
     dice = 1 - (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
@@ -360,7 +406,7 @@ def main() -> int:
         "--minutes",
         type=float,
         default=100,
-        help="of this call; the learning rate falls over the last fifth of --steps",
+        help="of this call; the learning rate falls over the last quarter of --steps or --minutes, whichever ends first",
     )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -374,7 +420,7 @@ def main() -> int:
     cv2.setNumThreads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    net = PromptHead().to(memory_format=torch.channels_last)
+    net = PromptHead()
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
     step, state = 0, args.work / "state.pt"
@@ -400,17 +446,15 @@ def main() -> int:
         (args.work / "head.part").rename(args.work / "head.safetensors")
 
     def rate() -> float:
-        fall = min(1.0, (args.steps - step) / (0.25 * args.steps))
+        left = min(1 - step / args.steps, 1 - (time.monotonic() - start) / (60 * args.minutes))
+        fall = min(1.0, left / 0.25)
         return args.rate * min(1.0, (step + 1) / 200) * max(0.02, fall)
 
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
-        episodes = [
-            Episode(shards.items[rng.integers(len(shards.items))], np.random.default_rng(rng.integers(2**62)))
-            for _ in range(BATCH)
-        ]
+        episodes = [draw_episode(shards.items, rng) for _ in range(BATCH)]
         for turn in range(TURNS):
             seen = [e.input() for e in episodes]
-            x = torch.stack([s[0] for s in seen]).contiguous(memory_format=torch.channels_last)
+            x = torch.stack([s[0] for s in seen])
             target = torch.stack([s[1] for s in seen])
             for group in optimizer.param_groups:
                 group["lr"] = rate()

@@ -386,7 +386,7 @@ def test_bad_folders(folder, tmp_path):
     wide = copy.deepcopy(config)
     wide["unet"]["num_channels"] = [16, 16]
     (folder / "config.json").write_text(json.dumps(wide))
-    refuses("the unet of model does not fit its config", source=folder)
+    refuses("the unet of model holds 2 weights of something else", source=folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "unet.safetensors").write_bytes(b"no tensors")
     refuses("cannot read unet.safetensors", source=folder)

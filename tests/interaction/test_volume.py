@@ -24,7 +24,7 @@ class Threshold(AttentionSegmentationInferer):
     """The volume logic over a 2-D rule whose answers are known: bright parts that hold a click, or all of them."""
 
     def __init__(self, **settings):
-        super().__init__(**settings)
+        super().__init__(refiner="rules", **settings)
         self.seen: list[dict] = []
 
     def check(self):
@@ -77,7 +77,7 @@ def test_a_real_backbone_along_every_axis(tiny, axis, rule):
     assert result.rule == rule and not result.absent
     assert len(result.scores) == result.labels.max()
     assert all(0 <= s <= 1 for s in result.scores)
-    assert result.seconds["encode"] > 0
+    assert sum(result.seconds.values()) > 0
     if rule == "points":
         assert result.labels[2, 3, 4] == 1
     if rule == "box":

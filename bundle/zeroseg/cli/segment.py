@@ -4,6 +4,8 @@
     zeroseg segment IMAGES --output-dir OUT --select segments          all segments, most object-like first
     zeroseg segment cell.png --output-dir OUT --points 60,60 20,10 --labels 1 0
     zeroseg segment scan.nii.gz --output-dir OUT --points 40,40,12     clicks in volumes are x,y,z
+    zeroseg segment cell.png --output-dir OUT --scribbles strokes.png  pixels 1 on the object, 2 on the background
+    zeroseg segment cell.png --output-dir OUT --mask draft.png --points 60,60 --labels 0    a draft, corrected
     zeroseg segment IMAGES --output-dir OUT --text "skin lesion"
     zeroseg segment IMAGES --output-dir OUT --prompts prompts.json
     zeroseg segment IMAGES --output-dir OUT --learned HEAD             what zeroseg learn has learned from your masks
@@ -36,6 +38,16 @@ def add_arguments(parser: Parser) -> None:
     )
     prompt.add_argument("--labels", nargs="+", metavar="1|0", help="of each click: 1 object (default), 0 not")
     prompt.add_argument("--box", metavar="X0,Y0,X1,Y1", help="around the object of the one image")
+    prompt.add_argument(
+        "--scribbles", metavar="FILE", help="label map: 1 on the object, 2 on the background, 0 elsewhere"
+    )
+    prompt.add_argument("--mask", metavar="FILE", help="a mask of the one image to start from")
+    prompt.add_argument(
+        "--candidate",
+        type=int,
+        choices=[1, 2, 3],
+        help="which of the nested answers, smallest first (default: the best)",
+    )
     prompt.add_argument("--text", help="words for what is meant, in every image without a prompt of its own")
     prompt.add_argument("--prompts", help="prompts.json: prompts by case")
     prompt.add_argument("--learned", metavar="FOLDER", help="that zeroseg learn wrote: its labels, in every image")
@@ -85,14 +97,14 @@ def run(args: argparse.Namespace) -> int:
         cases = CaseDataset(args.input).cases
         if len(cases) > 1:
             raise ZeroSegError(
-                f"--points and --box are for one image, here are {len(cases)}: give --prompts prompts.json"
+                f"clicks, boxes and drawings are for one image, here are {len(cases)}: give --prompts prompts.json"
             )
         runner.prompts = {cases[0].stem: prompt}
     return run_cases(runner, args.input, args.json)
 
 
 def read_prompt(args: argparse.Namespace) -> dict[str, Any]:
-    """Clicks and box as a prompt; empty without.
+    """Clicks, box and drawings as a prompt; empty without.
 
     Raises:
         ZeroSegError: they are no numbers, or do not go with the other options.
@@ -104,8 +116,9 @@ def read_prompt(args: argparse.Namespace) -> dict[str, Any]:
         prompt["labels"] = [numbers(label, "--labels", 1)[0] for label in args.labels]
     if args.box is not None:
         prompt["box"] = numbers(args.box, "--box", 4)
+    prompt |= given(args, "scribbles", "mask", "candidate")
     if prompt and (args.text is not None or args.prompts is not None):
-        raise ZeroSegError("--points and --box go neither with --text nor with --prompts")
+        raise ZeroSegError("clicks, boxes and drawings go neither with --text nor with --prompts")
     return prompt
 
 

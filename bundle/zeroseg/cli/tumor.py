@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("--organ", help="where to look (default: body)")
     what.add_argument("--tumor", help="what to look for (default: the organ's first tumour)")
     what.add_argument("--modality", choices=["ct", "mr", "pet"], help="default: what the file says, else guessed")
-    what.add_argument("--prompts", help="prompts.json: organ, tumor and modality by case")
+    what.add_argument("--prompts", help="prompts.json: organ, tumor, modality, points, labels, box by case")
     how = parser.add_argument_group("how")
     how.add_argument("--stages", help="with commas, of aova,inpaint,pixel,feature (default: all)")
     how.add_argument("--steps", type=int, help="of inpainting")

@@ -18,9 +18,10 @@ from typing import Any
 
 from zeroseg.cases import load_prompts
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.prompts import DRAWN
 from zeroseg.io import Case, file_sha256, find_cases
 
-JSON_COLUMNS = ("points", "labels", "box")
+JSON_COLUMNS = ("points", "labels", "box", "candidate")
 NOT_IMAGES = {"SEG", "SR", "PR", "KO", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "DOC", "FID", "RWV", "PLAN"}
 """DICOM modalities without pixels to segment."""
 STUDY_UID, SERIES_UID, SOP_UID, MODALITY = "0020000D", "0020000E", "00080018", "00080060"
@@ -169,7 +170,8 @@ def list_rows(path: Path, keys: Sequence[str]) -> Sequence[Job]:
     """One job per row of a CSV with the column ``path``.
 
     Paths count from the folder of the CSV. Further columns: ``case``, the name (default: the file's, with its folder's in
-    front where two are alike), and prompt keys; ``points``, ``labels`` and ``box`` as JSON. Other columns are ignored.
+    front where two are alike), and prompt keys; ``points``, ``labels``, ``box`` and ``candidate`` as JSON, drawings as paths. Other
+    columns are ignored.
 
     Raises:
         ZeroSegError: the file cannot be read, or a row has no path, a prompt that is no JSON, or a name taken already.
@@ -198,7 +200,7 @@ def list_rows(path: Path, keys: Sequence[str]) -> Sequence[Job]:
             raise ZeroSegError(f"{where}: {name!r} cannot name a case; give letters and digits")
         if row.get("case"):
             named.add(name)
-        jobs.append(FileJob(name, target, prompt=_row_prompt(row, keys, where)))
+        jobs.append(FileJob(name, target, prompt=_row_prompt(row, keys, path.parent, where)))
     count = Counter(job.stem.casefold() for job in jobs)
     jobs = [
         replace(job, stem=f"{job.path.resolve().parent.name}_{job.stem}")
@@ -212,8 +214,9 @@ def list_rows(path: Path, keys: Sequence[str]) -> Sequence[Job]:
     return jobs
 
 
-def _row_prompt(row: Mapping[str, str], keys: Sequence[str], where: str) -> dict[str, Any]:
-    prompt = {key: row[key] for key in keys if row.get(key)}
+def _row_prompt(row: Mapping[str, str], keys: Sequence[str], folder: Path, where: str) -> dict[str, Any]:
+    prompt: dict[str, Any] = {key: row[key] for key in keys if row.get(key)}
+    prompt |= {key: str(folder.resolve() / prompt[key]) for key in set(DRAWN) & set(prompt)}
     for key in set(JSON_COLUMNS) & set(prompt):
         try:
             prompt[key] = json.loads(prompt[key])

@@ -14,7 +14,7 @@ import torch
 from zeroseg.cases import CaseRunner
 from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.inferer import AttentionSegmentationInferer
+from zeroseg.interaction.prompts import DRAWN
 from zeroseg.io import Case, file_sha256, find_cases, write_json
 
 CONFIGS = {
@@ -129,11 +129,7 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     for name, value in manifest["settings"].items():
         if name in runner.options:
             setattr(runner, name, value)
-    if isinstance(runner.inferer, AttentionSegmentationInferer):
-        runner.inferer = runner.inferer.replace(**mine)
-    else:
-        for name, value in mine.items():
-            setattr(runner.inferer, name, value)
+    runner.inferer = runner.inferer.replace(**mine)
     threads = manifest.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 1024:
         torch.set_num_threads(threads)  # sums are rounded in the order they are shared out
@@ -174,6 +170,11 @@ def find_input(entry: Mapping[str, Any], cases: Sequence[Case], prompt_keys: Seq
     unknown = sorted(set(entry.get("prompt", {})) - set(prompt_keys))
     if unknown:
         raise ZeroSegError(f"{entry['case']}: unknown prompt key {unknown[0]!r}; it takes {', '.join(prompt_keys)}")
+    drawn = sorted(set(DRAWN) & set(entry.get("prompt", {})))
+    if drawn:
+        raise ZeroSegError(
+            f"{entry['case']}: it was prompted by a drawn {drawn[0]}, which no manifest holds; segment it anew"
+        )
     wanted = [(item["file"], item["sha256"]) for item in entry.get("inputs", [])]
     named = [case for case in cases if [path.name for path in case.paths] == [name for name, _ in wanted]]
     for case in named:

@@ -23,12 +23,12 @@ from zeroseg.evaluation.interactive import (
     summarise_interactive,
     write_interactive,
 )
-from zeroseg.evaluation.pairs import find_pairs
+from zeroseg.evaluation.pairs import find_pairs, sets_of
 from zeroseg.evaluation.protocols import CLICKED, Sample, load_sample, run_baselines, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, mean_over_sets, summarise_groups
 from zeroseg.evaluation.tables import report_tables, write_csv, write_text
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.io import contact_html, contact_sheet, draw_overlay, find_cases, read_image, versions, write_json
+from zeroseg.io import contact_html, contact_sheet, draw_overlay, versions, write_json
 
 COLUMNS = ("case", "protocol", "dice", "iou", "hd95", "seconds", "score")
 TRUTH_COLOR = (86, 180, 233)
@@ -145,25 +145,14 @@ def evaluate_set(
     return summary, entries, len(failed)
 
 
-def sets_of(suite: Path) -> dict[str, tuple[Path, Path]]:
+def picture_sets(suite: Path) -> dict[str, tuple[Path, Path]]:
     """The 2-D sets of a folder: name -> its folders of images and masks; those of volumes are named and left out.
 
     Raises:
-        ZeroSegError: there is none.
+        ZeroSegError: as ``pairs.sets_of``.
     """
-    if not suite.is_dir():
-        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
-    folders = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
-    if not folders:
-        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
     sets = {}
-    for folder in folders:
-        try:
-            first = find_cases(folder / "images")[0]
-            volumes = first.kind == "dicom_series" or read_image(first).is_volume
-        except ZeroSegError:
-            # Said by what evaluates the set, which goes on with the others.
-            volumes = False
+    for folder, volumes in sets_of(suite):
         if volumes:
             print(f"{folder.name}: skipped, it holds volumes")
         else:
@@ -193,7 +182,7 @@ def evaluate_suite(
         ZeroSegError: there is no set, or none could be evaluated.
     """
     summaries, entries, failures = {}, [], 0
-    for name, pair in sets_of(suite).items():
+    for name, pair in picture_sets(suite).items():
         text = texts.get(name, texts.get(None))
         try:
             summary, pictures, failed = evaluate_set(

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import Case, find_cases
+from zeroseg.io import Case, find_cases, read_image
 
 
 def half_of(stem: str) -> str:
@@ -37,3 +37,27 @@ def find_pairs(
     if not chosen:
         raise ZeroSegError(f"none of the {len(pairs)} cases of {images} belongs to the half {half!r}; use --half all")
     return chosen, [case.stem for case in found if case.stem not in truths]
+
+
+def sets_of(suite: Path) -> list[tuple[Path, bool]]:
+    """The sets of a folder, each with ``images`` and ``masks``, and whether a set holds volumes.
+
+    A set whose first image cannot be read counts as one of images: its evaluation says what is wrong.
+
+    Raises:
+        ZeroSegError: the folder is not there, or holds no set.
+    """
+    if not suite.is_dir():
+        raise ZeroSegError(f"{suite}: no such folder; give the folder that holds the sets as --suite")
+    sets = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
+    if not sets:
+        raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
+    return [(folder, _holds_volumes(folder / "images")) for folder in sets]
+
+
+def _holds_volumes(images: Path) -> bool:
+    try:
+        first = find_cases(images)[0]
+        return first.kind == "dicom_series" or read_image(first).is_volume
+    except ZeroSegError:
+        return False

@@ -6,8 +6,12 @@ single slice, a side of 1, is treated as the 2-D image it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy import ndimage
 from skimage.filters import threshold_otsu
+from skimage.segmentation import random_walker
 from sklearn.cluster import KMeans
 
 
@@ -54,6 +58,62 @@ def suv40(volume: np.ndarray) -> np.ndarray:
     """
     return (volume >= 0.4 * volume.max()) & (volume > 0)
 
+
+WALKED = 120_000
+"""Voxels the random walker is run on at most: a finer volume is thinned first."""
+
+
+def region_growing_marks(volume: np.ndarray, marks: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Threshold region growing: voxels as bright as the object's marks, connected to one, nearer to them than to the background's.
+
+    How far a voxel may differ is Otsu's threshold on the difference itself; near is measured in mm.
+    """
+    smooth = ndimage.uniform_filter(volume.astype(np.float32), [3 if n > 1 else 1 for n in volume.shape])
+    apart = np.min([np.abs(smooth - smooth[tuple(at)]) for at in np.argwhere(marks == 1)], 0)
+    alike = apart <= threshold_otsu(apart.ravel())
+    if (marks == 2).any():
+        away = [ndimage.distance_transform_edt(marks != kind, sampling=spacing) for kind in (1, 2)]
+        alike &= away[0] < away[1]
+    return _held(alike, marks)
+
+
+def random_walker_marks(volume: np.ndarray, marks: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Random walker (Grady 2006) in 3-D from all marks; the volume's faces are background until the user has marked some."""
+    step = max(1, int(np.ceil((volume.size / WALKED) ** (1 / 3))))
+    values = volume.astype(np.float32)
+    if step > 1:
+        values = ndimage.uniform_filter(values, [min(step, n) for n in volume.shape])
+    steps = [min(step, n) for n in volume.shape]
+    values = values[tuple(slice(None, None, s) for s in steps)]
+    low, high = np.percentile(values, (0.5, 99.5))
+    values = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+    seeds = np.zeros(values.shape, np.uint8)
+    for kind in (1, 2):
+        for at in np.argwhere(marks == kind):
+            around = [slice(max(0, v // s - 1), v // s + 2) for v, s in zip(at, steps, strict=True)]
+            seeds[tuple(around)] = kind
+    if not (seeds == 2).any():
+        faces = np.ones(seeds.shape, bool)
+        faces[tuple(slice(1, -1) if n > 2 else slice(None) for n in seeds.shape)] = False
+        seeds[faces & (seeds == 0)] = 2
+    if np.ptp(values) == 0 or not (seeds == 0).any():
+        return marks == 1
+    sides = [float(v) * s for v, s in zip(spacing, steps, strict=True)]
+    found = random_walker(values, seeds, beta=1000, mode="cg_j", prob_tol=np.inf, spacing=sides) == 1
+    for axis, s in enumerate(steps):
+        found = np.repeat(found, s, axis)
+    return _held(found[tuple(slice(0, n) for n in volume.shape)], marks)
+
+
+def _held(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """The connected parts that hold a mark of the object, all marks as the user set them."""
+    mask = (mask | (marks == 1)) & (marks != 2)
+    parts, _ = ndimage.label(mask)
+    return np.isin(parts, np.setdiff1d(np.unique(parts[marks == 1]), [0]))
+
+
+CLICKED = {"region growing": region_growing_marks, "random walker": random_walker_marks}
+"""Name -> function of a volume, marks (X, Y, Z; 1 object, 2 background) and the voxel size in mm."""
 
 AUTOMATIC = {"otsu": otsu, "kmeans2": kmeans2, "all_foreground": all_foreground}
 """Name -> function of a volume."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, cont
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
 from zeroseg.interaction.volume import segment_volume
+from zeroseg.interaction.volume_session import VOLUME_HEAD, VolumeSessions, answer_volume, spacing_of
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
@@ -58,6 +60,8 @@ class AttentionSegmentationInferer(Inferer):
         self.backbone = backbone if backbone is not None else StableDiffusionBackbone()
         self._settings = Settings(**with_preset(preset, settings))
         self._checked = False
+        # Shared by all that ``replace`` makes: an answer in a volume depends on no setting.
+        self._volumes = VolumeSessions()
 
     def __getattr__(self, name: str) -> Any:
         """The value of a setting."""
@@ -332,29 +336,62 @@ class AttentionSegmentationInferer(Inferer):
     # Volumes ------------------------------------------------------------------------------------------------------------
 
     def segment(
-        self, image: Tensor | np.ndarray, select: str | None = None, *, prepared: bool = False, **prompt
+        self,
+        image: Tensor | np.ndarray,
+        select: str | None = None,
+        *,
+        prepared: bool = False,
+        affine: np.ndarray | None = None,
+        **prompt,
     ) -> Segmentation:
-        """Encode and predict one image (C, H, W), or one volume (C, X, Y, Z) slice by slice.
+        """Encode and predict one image (C, H, W), or one volume (C, X, Y, Z).
 
-        ``prepared`` says that ``prepare`` already brought the image to (3, ...) in [0, 1]: a server does that once per image.
+        In a volume, points are (x, y, z) and a box is (x0, y0, z0, x1, y1, z1), in voxel indices; scribbles and mask have the
+        volume's shape. ``points`` and ``box`` are answered in three dimensions by the head for volumes (``volume_session``), or,
+        with ``refiner`` rules, slice by slice: the clicked object is followed to its neighbours until it ends. ``segments`` links
+        segments across slices; ``auto`` and ``text`` decide slice by slice.
 
-        In a volume, points are (x, y, z) and a box is (x0, y0, z0, x1, y1, z1), in voxel indices. ``segments`` links
-        segments across slices; ``auto`` and ``text`` decide slice by slice; ``points`` follows the clicked object from its
-        slice to its neighbours until it ends; ``box`` fills the slices between its faces.
+        Args:
+            image: the image or volume.
+            select: overrides the inferer's rule for this call.
+            prepared: ``prepare`` already brought the image to (3, ...) in [0, 1]: a server does that once per image.
+            affine: (4, 4) voxel index -> mm of a volume, for the size of its voxels; None: of a MetaTensor its own, else cubes.
+            **prompt: as ``predict``.
 
         Raises:
-            ZeroSegError: as ``encode`` and ``predict``.
+            ZeroSegError: as ``encode`` and ``predict``, or the affine is none.
         """
+        if affine is None and isinstance(image, MetaTensor):
+            affine = np.asarray(image.affine)
         self.check()
         if image.ndim == 3:
             return self.predict(self.encode_prepared(image) if prepared else self.encode(image), select, **prompt)
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
-        # The head has learned images, not how an object goes on from slice to slice: the walk through a volume follows the rules.
         single = image.shape[1 + self.slice_axis % 3] == 1
+        if not single and self.refiner == "head" and VOLUME_HEAD.is_dir():
+            prompts = check_prompts(image.shape[1:], select or self.select, **prompt)
+            if prompts.rule == "points" or (prompts.rule == "box" and prompts.box is not None):
+                return self._clicked_volume(image, prompts, prepared, affine)
+        # The head for images has not learned how an object goes on from slice to slice.
         return segment_volume(
             self if single else self.replace(refiner="rules"), image, select, prepared=prepared, **prompt
         )
+
+    def _clicked_volume(
+        self, image: Tensor | np.ndarray, prompts: Prompts, prepared: bool, affine: np.ndarray | None
+    ) -> Segmentation:
+        seconds: dict[str, float] = {}
+        with timed(seconds, "prepare"):
+            volume = torch.as_tensor(np.asarray(image)) if not isinstance(image, Tensor) else image.as_subclass(Tensor)
+            volume = volume if prepared else prepare(volume)
+            # Channels that are one in memory need no mean.
+            gray = volume[0] if len(volume) == 1 or volume.stride(0) == 0 else volume.mean(0)
+            session = self._volumes.get(gray, spacing_of(affine))
+        return answer_volume(session, prompts, self.pause, seconds)
+
+    def pause(self) -> None:
+        """Called between the steps of long answers; a server may raise here where nobody waits any more."""
 
     def __call__(
         self,
@@ -370,6 +407,7 @@ class AttentionSegmentationInferer(Inferer):
             inputs: (B, C, H, W) or (B, C, X, Y, Z).
             network: ignored; the backbone is the inferer's own.
             prompts: keyword arguments of ``predict`` for all items, or one dict each.
+            **kwargs: ``affine`` of all volumes of the batch, see ``segment``.
 
         Returns:
             (B, 1, ...) uint8 labels on the inputs' device; affine and metadata of a MetaTensor are kept.
@@ -382,7 +420,15 @@ class AttentionSegmentationInferer(Inferer):
         each = prompts if isinstance(prompts, (list, tuple)) else [prompts or {}] * len(inputs)
         if len(each) != len(inputs):
             raise ZeroSegError(f"{len(each)} prompts were given for a batch of {len(inputs)}")
-        masks = [torch.from_numpy(self.segment(i, **p).labels)[None] for i, p in zip(inputs, each, strict=True)]
+        affine: Any = kwargs.get("affine")
+        if affine is None and isinstance(inputs, MetaTensor) and inputs.ndim == 5:
+            affine = np.asarray(inputs.affine)
+        if np.ndim(affine) == 3:
+            affine = affine[0]
+        masks = [
+            torch.from_numpy(self.segment(i, affine=affine, **p).labels)[None]
+            for i, p in zip(inputs.as_subclass(Tensor), each, strict=True)
+        ]
         labels = torch.stack(masks).to(inputs.device)
         if hasattr(inputs, "meta"):
             from monai.utils import convert_to_dst_type

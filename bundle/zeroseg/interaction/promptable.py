@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroseg.attention import EncodedImage, rules
 from zeroseg.attention.readout import Readout
@@ -76,8 +77,12 @@ class Answer:
 
 
 @cache
-def load_head(folder: Path = MODELS / "interaction") -> PromptHead:
+def load_head(folder: Path = MODELS / "interaction", network: type[nn.Module] = PromptHead) -> Any:
     """The trained head of a folder with ``config.json`` and ``head.safetensors``; checked and loaded once.
+
+    Args:
+        folder: that holds them and their SHA256SUMS.
+        network: ``PromptHead`` for images, or ``VolumeHead``.
 
     Raises:
         WeightsError: the folder is not there, does not match its SHA256SUMS, or holds another network's weights.
@@ -85,14 +90,15 @@ def load_head(folder: Path = MODELS / "interaction") -> PromptHead:
     try:
         config = json.loads((folder / "config.json").read_text())
         verify_sums(folder)
-        head = PromptHead(config["widths"], config["blocks"])
+        head = network(config["widths"], config["blocks"])
         head.load_state_dict(load_file(str(folder / "head.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"cannot load the promptable head in {folder.name}: {first}; or use refiner rules"
         ) from error
-    return head.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    flat = network is PromptHead
+    return head.eval().requires_grad_(False).to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
 
 
 def answer_by_head(

@@ -13,8 +13,10 @@ from zeroseg.errors import ZeroSegError
 
 SELECTS = ("segments", "auto", "points", "box", "text")
 """Rules that choose a mask; see ``zeroseg.interaction.inferer``."""
-PROMPT_KEYS = ("select", "points", "labels", "box", "text")
-"""Arguments of ``check_prompts`` that a prompts file may hold; scribbles and masks are arrays."""
+DRAWN = ("scribbles", "mask")
+"""Prompts that are arrays of the image's shape; a prompts file names an image file for each."""
+PROMPT_KEYS = ("select", "points", "labels", "box", "text", *DRAWN, "candidate")
+"""Arguments of ``check_prompts`` that a prompts file may hold."""
 CANDIDATES = (1, 2, 3)
 LARGEST = 2**53
 """Beyond it float64 tells whole numbers no longer apart; no image has as many pixels."""

@@ -15,7 +15,7 @@ from zeroseg.segmentation import Segmentation
 from zeroseg.tumor.inferer import TumorSegmentation
 from zeroseg.tumor.prompts import DICOM_MODALITIES
 
-TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality")
+TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality", "points", "labels", "box")
 """What a prompts file may hold for a case."""
 
 
@@ -25,8 +25,8 @@ class TumorCaseRunner(CaseRunner):
 
     Further files per case, as far as their stages ran: ``<stem>_aova``, ``<stem>_healthy``, ``<stem>_pixel_residual``
     and ``<stem>_feature_residual`` (float32: NIfTI, or TIFF for 2-D images). Doubts about a case, such as values that
-    do not fit its modality, are printed and noted in the manifest. ``prompts.json`` takes ``organ``, ``tumor`` and
-    ``modality``.
+    do not fit its modality, are printed and noted in the manifest. ``prompts.json`` takes ``organ``, ``tumor``,
+    ``modality``, and ``points``, ``labels`` and ``box`` in voxels.
 
     Args:
         inferer: a ``TumorSegmentationInferer``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor
 
+from zeroseg.attention.prepare import prepare as prepare_image
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import EMBEDDED
 from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.interaction.prompts import Prompts, check_prompts
+from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 from zeroseg.tumor.adapters import AovaAdapters
@@ -54,11 +58,15 @@ class EncodedVolume:
         prepared: values and grid the model works on, and the way back.
         features: adapted features and latent.
         seconds: time per stage so far.
+        scan: (1, X, Y, Z), the volume as it was given; clicks are answered on it.
+        affine: (4, 4) of the volume, or None.
     """
 
     prepared: Prepared
     features: EncodedFeatures
     seconds: dict[str, float] = field(default_factory=dict)
+    scan: Tensor | None = None
+    affine: np.ndarray | None = None
     _reconstruction: Tensor | None = None
 
 
@@ -183,6 +191,7 @@ class TumorSegmentationInferer(Inferer):
         self.seed = seed
         self.progress = progress
         self._adapters: AovaAdapters | None = None
+        self._volumes = VolumeSessions()
 
     # Settings ----------------------------------------------------------------------------------------------------------
 
@@ -197,6 +206,19 @@ class TumorSegmentationInferer(Inferer):
         }
         plain["text_encoder"] = self.text_encoder.describe()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def replace(self, **settings: Any) -> TumorSegmentationInferer:
+        """The same inferer with other settings; the models are shared.
+
+        Raises:
+            TypeError: a setting has no such name.
+        """
+        other = copy.copy(self)
+        for name, value in settings.items():
+            if name.startswith("_") or name not in vars(self):
+                raise TypeError(f"the inferer has no setting {name!r}")
+            setattr(other, name, value)
+        return other
 
     def check(self) -> None:
         """Check the settings and load the weights.
@@ -307,7 +329,8 @@ class TumorSegmentationInferer(Inferer):
         with timed(seconds, "encode"):
             voxel_ml = math.prod(prepared.spacing) / 1000
             features = encode_features(backbone, self._adapters, prepared.volume.to(backbone.device), voxel_ml)
-        return EncodedVolume(prepared, features, seconds)
+        scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
+        return EncodedVolume(prepared, features, seconds, scan, affine)
 
     def maps(
         self,
@@ -357,18 +380,33 @@ class TumorSegmentationInferer(Inferer):
                     )
         return maps
 
-    def predict(self, encoded: EncodedVolume, organ: str | None = None, tumor: str | None = None) -> TumorSegmentation:
+    def predict(
+        self,
+        encoded: EncodedVolume,
+        organ: str | None = None,
+        tumor: str | None = None,
+        points: Sequence[Sequence[float]] | None = None,
+        labels: Sequence[int] | None = None,
+        box: Sequence[float] | None = None,
+    ) -> TumorSegmentation:
         """Segment an encoded volume for one prompt.
+
+        The words say what, a click or a box says where: it picks one object, which the words help to tell how far it goes, and
+        further clicks correct it. Then nothing is called absent.
 
         Args:
             encoded: from ``encode``.
             organ: overrides the inferer's.
             tumor: overrides the inferer's; None with an organ given: that organ's default.
+            points: (x, y, z) voxel indices, in the order they were made.
+            labels: 1 (object) or 0 per click; all 1 by default.
+            box: (x0, y0, z0, x1, y1, z1), both corners inside.
 
         Raises:
-            ZeroSegError: organ or tumor is not words.
+            ZeroSegError: organ or tumor is not words, or a click or the box is malformed or outside.
         """
         self.check()
+        shown = self._shown(encoded, points, labels, box)
         organ, tumor = self._words(organ, tumor)
         prepared, seconds = encoded.prepared, dict(encoded.seconds)
         weights = self._fusion_weights(prepared.modality)
@@ -386,13 +424,13 @@ class TumorSegmentationInferer(Inferer):
         reason = self._absent(tumor, maps.aova, image_logit, mask)
         with timed(seconds, "restore"):
             restored = 1 / (1 + np.exp(-prepared.to_input(torch.from_numpy(logits.astype(np.float32)))))
-            labels = np.zeros(prepared.shape, np.uint8)
+            whole = np.zeros(prepared.shape, np.uint8)
             if reason is None:
                 # The logits' own cut at full resolution is smoother than enlarged voxels; the kept parts bound it.
                 near = prepared.to_input(torch.from_numpy(dilate(mask, 1)))
-                labels = ((restored > self.threshold) & near).astype(np.uint8)
-                if not labels.any():
-                    labels = prepared.to_input(torch.from_numpy(mask)).astype(np.uint8)
+                whole = ((restored > self.threshold) & near).astype(np.uint8)
+                if not whole.any():
+                    whole = prepared.to_input(torch.from_numpy(mask)).astype(np.uint8)
             confidence = np.abs(2 * restored - 1).astype(np.float32)
             evidence = self._evidence(encoded, maps)
         unknown = self.text_encoder.unknown_words(f"{organ} {tumor}")
@@ -412,9 +450,18 @@ class TumorSegmentationInferer(Inferer):
             "working_shape": list(prepared.volume.shape[2:]),
             "working_spacing_mm": [round(s, 3) for s in prepared.spacing],
         }
-        scores = [float(restored[labels > 0].mean())] if labels.any() else []
+        notes = [*prepared.notes, *filter(None, [organ_note(organ)]), *unheard, *self._doubts(prepared, stages)]
+        if shown is not None:
+            clicked = answer_volume(
+                self._volumes.get(_gray(encoded), spacing_of(encoded.affine)), shown, self.pause, seconds, whole > 0
+            )
+            by_words = bool((clicked.labels & whole).any())
+            whole, confidence, reason = clicked.labels, clicked.confidence, None
+            details = {**details, **clicked.details, "words_agree": by_words}
+            notes += [*clicked.notes, *([] if by_words else ["the words find nothing there: the clicks alone decide"])]
+        scores = [float(restored[whole > 0].mean())] if whole.any() else []
         return TumorSegmentation(
-            labels,
+            whole,
             confidence,
             scores,
             "tumor",
@@ -423,7 +470,7 @@ class TumorSegmentationInferer(Inferer):
             details=details,
             name=tumor,
             reason=reason,
-            notes=[*prepared.notes, *filter(None, [organ_note(organ)]), *unheard, *self._doubts(prepared, stages)],
+            notes=notes,
             evidence=evidence,
         )
 
@@ -434,6 +481,9 @@ class TumorSegmentationInferer(Inferer):
         modality: str | None = None,
         organ: str | None = None,
         tumor: str | None = None,
+        points: Sequence[Sequence[float]] | None = None,
+        labels: Sequence[int] | None = None,
+        box: Sequence[float] | None = None,
     ) -> TumorSegmentation:
         """``encode`` and ``predict`` at once; arguments as theirs.
 
@@ -441,7 +491,7 @@ class TumorSegmentationInferer(Inferer):
         """
         if affine is None and isinstance(volume, MetaTensor):
             affine = np.asarray(volume.affine)
-        return self.predict(self.encode(volume, affine, modality), organ, tumor)
+        return self.predict(self.encode(volume, affine, modality), organ, tumor, points, labels, box)
 
     def __call__(self, inputs: Tensor, network: object = None, *args: object, **kwargs: Any) -> Tensor:
         """Masks of a batch, as MONAI's evaluators call an inferer.
@@ -470,7 +520,16 @@ class TumorSegmentationInferer(Inferer):
             masks.append(torch.from_numpy(mask[..., 0] if inputs.ndim == 4 else mask)[None])
         return torch.stack(masks).to(inputs.device)
 
+    def pause(self) -> None:
+        """Called between the steps of answers to clicks; a server may raise here where nobody waits any more."""
+
     # Parts -------------------------------------------------------------------------------------------------------------
+
+    def _shown(self, encoded: EncodedVolume, points, labels, box) -> Prompts | None:
+        """What was clicked or boxed, checked; None where nothing was."""
+        if points is None and labels is None and box is None:
+            return None
+        return check_prompts(encoded.prepared.shape, None, points, labels, box)
 
     def _words(self, organ: str | None, tumor: str | None) -> tuple[str, str]:
         """The organ and tumour of a call: its own words, else the inferer's, else the organ's default."""
@@ -577,6 +636,13 @@ class TumorSegmentationInferer(Inferer):
         for name, values in maps.residuals.items():
             evidence[f"{name}_residual"] = back(torch.from_numpy(values))
         return evidence
+
+
+def _gray(encoded: EncodedVolume) -> Tensor:
+    """(X, Y, Z) in [0, 1]: the volume as the head for volumes sees it."""
+    if encoded.scan is None:
+        raise ValueError("the encoding was made without its scan")
+    return prepare_image(encoded.scan)[0]
 
 
 def sigmoid(value: float) -> float:

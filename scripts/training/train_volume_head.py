@@ -1,0 +1,408 @@
+#!/usr/bin/env python
+"""Train the promptable head for volumes on drawn scenes, with a simulated annotator in the loop; no human mask is read.
+
+    python scripts/training/train_volume_head.py --work runs/interaction/volume_head --minutes 60
+
+An episode takes one object of one scene (``scenes3d.py``), of one phantom (``phantoms3d.py``), or, with ``--unlabelled``, one region that
+values alone cut out of a real scan, sees it in a cube of random width, and is prompted several times: a click at the innermost or at
+any voxel, a box, a stroke, or a spoilt mask to start from; then corrections where the shown answer errs. Every answer gives a gradient.
+The run resumes from ``--work``.
+
+    python scripts/training/train_volume_head.py --work runs/interaction/volume_head --export bundle/models/interaction_volume
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from scipy import ndimage
+from torch.optim.swa_utils import AveragedModel
+
+from phantoms3d import make_volume
+from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
+from zeroseg.backbones.weights import write_sums
+from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
+
+TURNS = 4
+BATCH = 8
+AVERAGE = 0.995
+"""Of the exponential moving average over steps that is exported; shorter at first."""
+POOL, USES = 96, 24
+"""Scenes in memory, and episodes drawn from one before it is painted anew."""
+PHANTOMS, REAL = 0.22, 0.15
+"""Share of the pool's scenes that are phantoms, and regions of real scans where some are given."""
+SEEDS = 5_000_000
+"""Of the first phantom; those drawn to measure with have lower ones."""
+
+
+class Pool:
+    """Scenes to draw episodes from: (image, objects) where objects are bool masks or a painted scene."""
+
+    def __init__(self, rng: np.random.Generator, unlabelled: Path | None):
+        self.rng, self.scans = rng, [_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else []
+        self.items: list = []
+        self.left: list[int] = []
+
+    def _paint(self):
+        draw = self.rng.random()
+        if draw < PHANTOMS:
+            seed = SEEDS + int(self.rng.integers(1_000_000))
+            volume = make_volume(seed, lesion=True)
+            return volume.image, volume.mask
+        if draw < PHANTOMS + REAL and self.scans:
+            for _ in range(20):
+                scan = self.scans[self.rng.integers(len(self.scans))]
+                start = [int(self.rng.integers(max(1, n - SIDE + 1))) for n in scan.shape]
+                part = scan[tuple(slice(s, s + SIDE) for s in start)]
+                mask = pseudo_object(part, self.rng) if min(part.shape) > 8 and np.ptp(part) > 0 else None
+                if mask is not None and 20 <= mask.sum() < 0.5 * mask.size:
+                    return part, mask
+        scene = make_scene3d(int(self.rng.integers(2**62)))
+        return scene.image, scene
+
+    def draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """An image and a bool object in it, both (X, Y, Z)."""
+        while True:
+            if len(self.items) < POOL:
+                self.items.append(self._paint())
+                self.left.append(USES)
+                k = len(self.items) - 1
+            else:
+                k = int(self.rng.integers(POOL))
+                self.left[k] -= 1
+                if self.left[k] < 0:
+                    self.items[k], self.left[k] = self._paint(), USES
+            image, found = self.items[k]
+            mask = self._of(found) if isinstance(found, Scene3d) else found
+            if mask is not None and 20 <= np.count_nonzero(mask) < 0.6 * mask.size:
+                return image, mask
+
+    def _of(self, scene: Scene3d) -> np.ndarray | None:
+        present = np.unique(scene.pieces)
+        present = present[present > 0]
+        if not len(present):
+            return None
+        piece = int(self.rng.choice(present))
+        mask = scene.target(piece, self.rng.random() < 0.7)
+        parts, count = ndimage.label(mask)
+        return mask if count == 1 else parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+
+
+def _scan(path: Path) -> np.ndarray:
+    """A real scan on voxels that are cubes, about; values clipped to their middle 99 %."""
+    import nibabel as nib
+
+    image = nib.load(path)
+    values = np.asarray(image.dataobj, np.float32)
+    values = values[..., 0] if values.ndim == 4 else values
+    zooms = np.array(image.header.get_zooms()[:3])
+    side = max(float(zooms.min()), float(np.prod(zooms) ** (1 / 3)) * 0.8)
+    values = ndimage.zoom(values, np.minimum(zooms / side, 3), order=1)
+    low, high = np.percentile(values, (0.5, 99.5))
+    return np.clip(values, low, high)
+
+
+class Episode:
+    """One object in one cube, prompted several times; everything is kept in the cube's cells."""
+
+    def __init__(self, pool: Pool, rng: np.random.Generator):
+        self.rng = rng
+        while True:
+            image, mask = pool.draw()
+            cube = self._cube(mask)
+            both = torch.stack([torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (image, mask)])
+            seen = see(both, cube)
+            self.inside = see_inside(cube, mask.shape)
+            self.truth = self._turned(((seen[1] > 0.5) & (self.inside > 0)).numpy(), *self._symmetry())
+            if np.count_nonzero(self.truth) >= 8:
+                break
+        image = seen[0].numpy()
+        if rng.random() < 0.4:
+            image = thick_slices(image, rng)
+        low, high = image.min(), image.max()
+        image = (image - low) / (high - low + 1e-6)
+        if rng.random() < 0.5:
+            image = image ** np.exp(rng.normal(0, 0.35))
+        if rng.random() < 0.2:
+            image = 1 - image
+        if rng.random() < 0.3:
+            image = image + rng.uniform(0, 0.05) * rng.standard_normal(image.shape)
+        self.image = torch.from_numpy(self._turned(image.astype(np.float32), *self._way))
+        self.inside = torch.from_numpy(self._turned(self.inside.numpy(), *self._way))
+        self.marks: tuple[list, list] = ([], [])
+        self.box: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
+        self._first_prompt()
+
+    def _symmetry(self):
+        self._way = tuple(self.rng.permutation(3)), tuple(int(a) for a in np.flatnonzero(self.rng.random(3) < 0.5))
+        return self._way
+
+    @staticmethod
+    def _turned(cells: np.ndarray, order, flips) -> np.ndarray:
+        return np.ascontiguousarray(np.flip(cells.transpose(order), flips))
+
+    def _cube(self, mask: np.ndarray) -> Cube:
+        """As wide as the object and some more, shifted by chance; a corner of a large object at times."""
+        box = ndimage.find_objects(mask.astype(np.uint8))[0]
+        wide = max(s.stop - s.start for s in box)
+        side = float(np.clip(wide * np.exp(self.rng.uniform(np.log(1.15), np.log(4.5))), 14, 110))
+        if self.rng.random() < 0.1:
+            side = max(12.0, wide * self.rng.uniform(0.6, 1.1))
+        if self.rng.random() < 0.6:
+            middle = np.array([(s.start + s.stop) / 2 for s in box])
+        else:
+            places = np.argwhere(mask)
+            middle = places[self.rng.integers(len(places))] + 0.5
+        middle = middle + self.rng.uniform(-1, 1, 3) * max(0.0, side - wide) * 0.25
+        low = middle - side / 2
+        # Voxels of a real scan are seldom cubes: neither is what a cell holds.
+        sides = side * np.exp(self.rng.normal(0, 0.05, 3))
+        return Cube((float(low[0]), float(low[1]), float(low[2])), (float(sides[0]), float(sides[1]), float(sides[2])))
+
+    def _first_prompt(self) -> None:
+        draw = self.rng.random()
+        if draw < 0.14:
+            self._box()
+            if self.rng.random() < 0.5:
+                return
+        elif draw < 0.28:
+            spoilt = spoil(self.truth, self.rng)
+            if spoilt.any() and (spoilt != self.truth).any():
+                self.last = torch.from_numpy(spoilt.astype(np.float32))
+                self.correct()
+                return
+        elif draw < 0.36:
+            self._stroke(self.truth, 0)
+            return
+        self._click(self.truth, 0)
+
+    def _box(self) -> None:
+        spans = ndimage.find_objects(self.truth.astype(np.uint8))[0]
+        slack = self.rng.integers(-1, 3, (3, 2)) if self.rng.random() < 0.6 else np.zeros((3, 2), int)
+        self.box = torch.zeros(CELLS, CELLS, CELLS)
+        ends = [
+            slice(max(0, s.start - a), min(CELLS, max(s.start - a + 1, s.stop + b)))
+            for s, (a, b) in zip(spans, slack, strict=True)
+        ]
+        self.box[tuple(ends)] = 1
+
+    def _click(self, region: np.ndarray, kind: int) -> None:
+        depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1, 1:-1]
+        if self.rng.random() < 0.65:
+            at = np.unravel_index(int(depth.argmax()), depth.shape)
+        else:
+            places = np.argwhere(depth >= min(2.0, float(depth.max())))
+            at = places[self.rng.integers(len(places))]
+        self.marks[kind].append(np.array(at))
+
+    def _stroke(self, region: np.ndarray, kind: int) -> None:
+        """A walk that stays inside of a region, in one plane."""
+        places = np.argwhere(region)
+        at, flat = places[self.rng.integers(len(places))].astype(float), int(self.rng.integers(3))
+        heading = self.rng.standard_normal(3)
+        for _ in range(int(self.rng.integers(3, 19))):
+            self.marks[kind].append(at.round().astype(int))
+            for _ in range(5):
+                heading[flat] = 0
+                step = at + heading / (np.linalg.norm(heading) + 1e-6)
+                cell = step.round().astype(int)
+                if (cell >= 0).all() and (cell < CELLS).all() and region[tuple(cell)]:
+                    at = step
+                    heading = heading / (np.linalg.norm(heading) + 1e-6) + 0.3 * self.rng.standard_normal(3)
+                    break
+                heading = self.rng.standard_normal(3)
+
+    def input(self) -> torch.Tensor:
+        wanted, unwanted = (np.array(m).reshape(-1, 3) for m in self.marks)
+        return assemble(self.image, self.inside, wanted, unwanted, self.box, self.last)
+
+    def answer(self, logits: torch.Tensor) -> None:
+        """Keep an answer (CELLS, CELLS, CELLS), and prompt again where it errs."""
+        self.last = ((logits > 0) & (self.inside > 0)).float()
+        self.correct()
+
+    def correct(self) -> None:
+        """In the largest connected part of what is wrong, or in a random one of the large ones."""
+        assert self.last is not None
+        wrong = (self.last.numpy() > 0) != self.truth
+        wrong &= self.inside.numpy() > 0
+        parts, count = ndimage.label(wrong, np.ones((3, 3, 3)))
+        if not count:
+            return
+        sizes = np.bincount(parts.ravel())[1:].astype(float)
+        k = int(sizes.argmax()) if self.rng.random() < 0.7 else int(self.rng.choice(count, p=sizes / sizes.sum()))
+        region = parts == k + 1
+        # Missed and added parts touch: what the click lies in decides.
+        kind = 0 if self.rng.random() < np.count_nonzero(region & self.truth) / np.count_nonzero(region) else 1
+        region &= self.truth if kind == 0 else ~self.truth
+        (self._stroke if self.rng.random() < 0.1 else self._click)(region, kind)
+
+
+def spoil(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A mask as another model, a coarser look or a hasty hand would give it."""
+    out = mask
+    if rng.random() < 0.6:
+        change = ndimage.binary_dilation if rng.random() < 0.5 else ndimage.binary_erosion
+        out = change(out, iterations=int(rng.integers(1, 3)))
+    if rng.random() < 0.6:
+        bumps = torch.from_numpy(rng.standard_normal((1, 1, 5, 5, 5)).astype(np.float32))
+        bumps = F.interpolate(bumps, mask.shape, mode="trilinear", align_corners=True)[0, 0].numpy()
+        signed = ndimage.distance_transform_edt(out) - ndimage.distance_transform_edt(~out)
+        out = signed + rng.uniform(1, 4) * bumps > 0
+    if rng.random() < 0.35:
+        at, r = rng.integers(0, CELLS, 3), rng.uniform(2, 7)
+        near = sum((x - c) ** 2 for x, c in zip(np.ogrid[:CELLS, :CELLS, :CELLS], at, strict=True)) < r * r
+        out = (out | near) if rng.random() < 0.5 else (out & ~near)
+    return out
+
+
+def losses(logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x: torch.Tensor, first: bool) -> dict:
+    """Best-of-three cross-entropy and Dice within the scan, obedience at the marks, error of the estimated IoU."""
+    t = target[:, None].float().expand_as(logits)
+    inside = x[:, 1:2]
+    bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    edge = F.max_pool3d(t[:, :1], 3, 1, 1) + F.max_pool3d(1 - t[:, :1], 3, 1, 1) - 1
+    weight = inside * (1 + 2 * edge)
+    bce = (bce * weight).sum((2, 3, 4)) / weight.sum((2, 3, 4))
+    p = logits.sigmoid() * inside
+    dice = 1 - (2 * (p * t).sum((2, 3, 4)) + 1) / (p.sum((2, 3, 4)) + t.sum((2, 3, 4)) + 1)
+    each = bce + dice
+    share = 0.8 if first else 0.6
+    shape = share * each.amin(1) + (1 - share) * each.mean(1)
+    wanted = x[:, 2:4].amax(1, keepdim=True)
+    asked = F.binary_cross_entropy_with_logits(logits, x[:, 2:3].expand_as(logits), reduction="none")
+    clear = wanted * (x[:, 2:3] == t[:, :1]).float()
+    obey = (asked * clear).sum((1, 2, 3, 4)) / (3 * clear.sum((1, 2, 3, 4)) + 1)
+    with torch.no_grad():
+        hard, truth = (logits > 0) & (inside > 0), target[:, None]
+        iou = (hard & truth).sum((2, 3, 4)) / ((hard | truth).sum((2, 3, 4)) + 1e-6)
+    return {"shape": shape.mean(), "obey": obey.mean(), "quality": F.binary_cross_entropy_with_logits(quality, iou), "iou": iou}  # fmt: skip
+
+
+def average(means: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
+    """The moving average of ``AveragedModel``, in place."""
+    kept = min(AVERAGE, (1 + int(count)) / (10 + int(count)))
+    torch._foreach_lerp_(means, current, 1 - kept)
+
+
+def export(work: Path, out: Path) -> None:
+    """The averaged weights and what made them, as the package loads them."""
+    out.mkdir(parents=True, exist_ok=True)
+    stored = torch.load(work / "state.pt", weights_only=True)
+    mean = AveragedModel(VolumeHead(), multi_avg_fn=average)
+    mean.load_state_dict(stored["mean"])
+    head = mean.module
+    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
+    # Files of safetensors are made private; these are to be read by everybody.
+    (out / "head.safetensors").chmod(0o644)
+    (out / "config.json").write_text(json.dumps({"widths": head.widths, "blocks": head.blocks}, indent=2) + "\n")
+    with open(work / "log.jsonl") as f:
+        log = [json.loads(line) for line in f]
+    about = {
+        "steps": stored["step"],
+        "batch": BATCH,
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "scans": stored["scans"],
+        "log": log,
+    }
+    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_sums(out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--unlabelled", type=Path, help="folder with real scans (NIfTI) in folders named images")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="of this call; the learning rate falls over its last third"
+    )
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
+    args = parser.parse_args()
+    if args.export is not None:
+        export(args.work, args.export)
+        return 0
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    net = VolumeHead().to(memory_format=torch.channels_last_3d)
+    mean = AveragedModel(net, multi_avg_fn=average)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
+    step, state = 0, args.work / "state.pt"
+    if state.is_file():
+        stored = torch.load(state, weights_only=True)
+        net.load_state_dict(stored["net"])
+        mean.load_state_dict(stored["mean"])
+        optimizer.load_state_dict(stored["optimizer"])
+        step = stored["step"]
+    rng = np.random.default_rng([17, step])
+    pool = Pool(rng, args.unlabelled)
+    scans = len(pool.scans)
+    start = time.monotonic()
+    log: dict[str, list[float]] = {}
+
+    def save() -> None:
+        partial = state.with_suffix(".part")
+        stored = {"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**stored, "step": step, "scans": scans}, partial)
+        partial.rename(state)
+
+    def rate() -> float:
+        fall = min(1.0, 3 * (1 - (time.monotonic() - start) / (60 * args.minutes)))
+        return args.rate * min(1.0, (step + 1) / 100) * max(0.02, fall)
+
+    while time.monotonic() - start < 60 * args.minutes:
+        episodes = [Episode(pool, np.random.default_rng(rng.integers(2**62))) for _ in range(BATCH)]
+        target = torch.from_numpy(np.stack([e.truth for e in episodes]))
+        for turn in range(TURNS):
+            x = torch.stack([e.input() for e in episodes])
+            for group in optimizer.param_groups:
+                group["lr"] = rate()
+            logits, quality = net(x)
+            terms = losses(logits, quality, target, x, turn == 0)
+            loss = terms["shape"] + 0.5 * terms["obey"] + 0.3 * terms["quality"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            mean.update_parameters(net)
+            step += 1
+            with torch.no_grad():
+                shown = quality.argmax(1)
+                facts = {
+                    "shape": terms["shape"],
+                    "obey": terms["obey"],
+                    "quality": terms["quality"],
+                    f"iou_{turn + 1}": terms["iou"].gather(1, shown[:, None]).mean(),
+                    f"best_{turn + 1}": terms["iou"].amax(1).mean(),
+                }
+                for name, value in facts.items():
+                    log.setdefault(name, []).append(float(value))
+            if turn < TURNS - 1:
+                for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
+                    episode.answer(given[k])
+        if step % 40 == 0:
+            line = {"step": step, "seconds": round(time.monotonic() - start), "rate": round(rate(), 6)}
+            line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
+            log.clear()
+            print(json.dumps(line), flush=True)
+            with open(args.work / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        if step % 200 == 0:
+            save()
+    save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
