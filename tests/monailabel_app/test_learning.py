@@ -116,7 +116,9 @@ def test_what_was_learned_is_found_in_the_next_image(loop):
     path, answer = client.infer("learned", "scene3", {"result_extension": ".nrrd"})
     found = read_image(find_cases(Path(path))[0]).array[0]
     assert found.shape == (SIDE, SIDE, 1) and answer["label_names"] == {"disc": 1, "bar": 2}
-    assert min(dice(found == value, truths[3] == value) for value in (1, 2)) > 0.6
+    dices = [dice(found == value, truths[3] == value) for value in (1, 2)]
+    print(f"Dice on the fourth image, after three: {dices}")
+    assert min(dices) > 0.6
 
 
 def test_the_head_is_scored_label_by_label(loop):
@@ -147,10 +149,8 @@ def test_a_training_that_is_killed_leaves_the_head_before(loop, tmp_path):
     submit(client, tmp_path, "scene3", truths[3])
     client.train_start("learned", {"seconds": 3600})
     deadline = time.monotonic() + PATIENCE
-    while (
-        client.info()["train_stats"]["learned"].get("epoch", 0) < 1
-        or "total_time" in client.info()["train_stats"]["learned"]
-    ):
+    # No total time: it runs.
+    while "total_time" in client.info()["train_stats"]["learned"]:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     training = json.loads((studies / ".learned" / "training.json").read_text())
@@ -161,7 +161,8 @@ def test_a_training_that_is_killed_leaves_the_head_before(loop, tmp_path):
     client.infer("learned", "scene4", {"result_extension": ".nrrd"})
     # And the button that stops one does the same.
     client.train_start("learned", {"seconds": 3600})
-    time.sleep(3)
+    while not client.train_status(check_if_running=True):
+        time.sleep(0.2)
     client.train_stop()
     assert not client.train_status(check_if_running=True)
     assert json.loads((studies / ".learned" / "current.json").read_text())["name"] == before["name"]
