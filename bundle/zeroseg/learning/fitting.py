@@ -26,6 +26,8 @@ STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
 RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
 """Learning rate after a short rise, in the end, and weight decay."""
+BODY = 0.25
+"""Share of the rate for what was trained before."""
 RISE = 20
 """Steps of the rise."""
 
@@ -127,7 +129,10 @@ def fit_readings(
     side = images.shape[-1]
     truths = torch.stack([F.interpolate(c[None], (side, side), mode="bilinear", antialias=True)[0] for c in classes])
     network = _network(len(classes[0]), features.shape[1], seed, start)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    body = set(network.body.parameters())
+    own = [p for p in network.parameters() if p not in body]
+    groups = [{"params": own, "share": 1.0}, {"params": [*network.body.parameters()], "share": BODY}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
         _stop_if(cancelled)
@@ -136,7 +141,7 @@ def fit_readings(
             break
         for group in optimizer.param_groups:
             rise = min(1.0, (done + 1) / RISE)
-            group["lr"] = LEAST_RATE + RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
+            group["lr"] = LEAST_RATE + group["share"] * RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
         batch = _draw(len(images), BATCH, generator)
         image, feature, truth = augment(images[batch], features[batch], truths[batch], generator)
         with torch.enable_grad():
