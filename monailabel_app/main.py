@@ -11,20 +11,29 @@ from dicomweb_client.session_utils import create_session_from_user_pass
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.utils.async_tasks.utils import tasks as background_tasks
 
+from lib import rtstruct
 from lib.configs import tasks
 from lib.datastore import FolderDatastore, StudyDatastore, search_filter
 from lib.engine import Engine
+from lib.heads import FOLDER, Heads
 from lib.mends import archives, authentication, background, dicom_seg, errors, files, ohif
 from lib.mends.batch import CarefulBatch
 from lib.mends.confidence import ConfidenceOutput
 from lib.mends.errors import NotFound, Refused
 from lib.mends.responsive import OffLoop
+from lib.scoring.learned import LearnedScore
+from lib.strategies.measured import Diverse, Uncertain
+from lib.strategies.plain import First, Random
+from lib.trainers.learned import LearnedTrainer, give_way
 from zeroseg import __version__
 from zeroseg.backbones import StableDiffusionBackbone
 
 logger = logging.getLogger(__name__)
 
+STRATEGY = "uncertain"
+"""What ``random`` means unless the server was started with another strategy."""
 UNNAMED = "object"
 """The one segment that 3D Slicer starts a new image with until ``learned`` has labels of its own. No task declares it, so that no task
 is run on every image by itself."""
@@ -40,7 +49,11 @@ class ZeroSegApp(MONAILabelApp):
         studies: a folder, or the URL of a DICOMweb server.
         conf: ``backbone`` (embedded, a folder or a hub id), ``revision``, ``device``, ``dtype``, ``cache_mb`` (memory for
             encoded slices, for encoded volumes of the tumour task and for images, each), ``threads`` (of torch),
-            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser).
+            ``resolution`` (side in pixels a slice is resized to; a smaller one is faster and coarser), ``strategy`` (the
+            answer to ``random``, which is all that OHIF asks for).
+
+    Raises:
+        Refused: there is no such strategy.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]):
@@ -56,6 +69,8 @@ class ZeroSegApp(MONAILabelApp):
         )
         resolution = int(conf["resolution"]) if conf.get("resolution") else None
         self.engine = Engine(backbone, cache_bytes=int(conf.get("cache_mb", 1024)) << 20, resolution=resolution)
+        self.serves = False
+        self.strategy = conf.get("strategy", STRATEGY)
         super().__init__(
             app_dir,
             studies,
@@ -64,14 +79,40 @@ class ZeroSegApp(MONAILabelApp):
             description="Zero-shot segmentation with a frozen diffusion model. Research use only.",
             version=__version__,
         )
+        if self._strategies and self.strategy not in self._strategies:
+            raise Refused(f"there is no strategy {self.strategy!r}: use one of {', '.join(self._strategies)}")
 
     def init_infers(self) -> dict[str, Any]:
+        self.heads = Heads(Path(self._datastore._datastore_path) / FOLDER, self.engine)
         made = {make.__name__: make(self.engine) for make in TASKS}
-        return {name: task for name, task in made.items() if task is not None}
+        # First, because viewers start with the first task they can.
+        return {
+            "learned": tasks.learned(self.engine, self.heads),
+            **{n: task for n, task in made.items() if task is not None},
+        }
+
+    def init_trainers(self) -> dict[str, Any]:
+        return {"learned": LearnedTrainer(self.engine, self.heads)}
+
+    def init_strategies(self) -> dict[str, Any]:
+        return {
+            "uncertain": Uncertain(self.engine, self.heads),
+            "diverse": Diverse(self.engine),
+            "first": First(),
+            "random": Random(),
+        }
+
+    def init_scoring_methods(self) -> dict[str, Any]:
+        return {"learned": LearnedScore(self.engine, self.heads)}
 
     def info(self) -> dict[str, Any]:
-        """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'."""
-        return {**super().info(), "labels": [UNNAMED]}
+        """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'.
+
+        ``rtstruct`` says whether a label can be saved as contours as well.
+        """
+        learned = self._infers["learned"].labels
+        remote = self.studies.startswith(("http://", "https://"))
+        return {**super().info(), "labels": [*learned] or [UNNAMED], "rtstruct": remote and rtstruct.available()}
 
     def init_datastore(self):
         if self.studies.startswith(("http://", "https://")):
@@ -152,12 +193,49 @@ class ZeroSegApp(MONAILabelApp):
             if request.get(key) not in known:
                 names = ", ".join(known) or "none"
                 raise NotFound(f"{method}: there is no {key} {str(request.get(key))[:80]!r}, the server has {names}")
+        if method == "train":
+            self._trainers[request["model"]].check(request, self.datastore())
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As MONAI Label's, in its process for trainings, which gives way to the server."""
+        if not self.serves:
+            give_way()
+        return super().train(request)
+
+    def scoring(self, request: dict[str, Any], datastore=None) -> dict[str, Any]:
+        """As MONAI Label's, in its process for scoring, which gives way to the server."""
+        if not self.serves:
+            give_way()
+        return super().scoring(request, datastore)
+
+    def async_scoring(self, method: str | None, params: dict | None = None) -> Any:
+        """As MONAI Label's, which scores whenever it starts and at every next image: here, of itself, every head once."""
+        record = self.heads.record()
+        waiting = any(one["status"] in ("SUBMITTED", "RUNNING") for one in background_tasks("scoring"))
+        if method is None and (record is None or waiting or self.heads.scores().get("head") == record["name"]):
+            return {}
+        return super().async_scoring(method, params)
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As MONAI Label's; ``random`` is the strategy that the server was started with.
+
+        Raises:
+            NotFound: there is no such strategy.
+        """
+        strategy = request.get("strategy") or "random"
+        if strategy not in self._strategies:
+            raise NotFound(f"there is no strategy {str(strategy)[:80]!r}: use one of {', '.join(self._strategies)}")
+        return super().next_sample({**request, "strategy": self.strategy if strategy == "random" else strategy})
 
     def check_model(self, model: Any) -> None:
-        if model not in self._infers:
-            raise NotFound(f"there is no model {str(model)[:80]!r}: use one of {', '.join(self._infers)}")
+        known = [name for name, task in self._infers.items() if task.is_valid()]
+        if model == "learned" and model not in known:
+            raise NotFound("nothing was learned yet: submit labels, then train (Update Model, or POST /train/learned)")
+        if model not in known:
+            raise NotFound(f"there is no model {str(model)[:80]!r}: use one of {', '.join(known)}")
 
     def on_init_complete(self) -> None:
+        self.serves = True
         super().on_init_complete()
         from monailabel.app import app  # only a server has one, and it is built by now
 

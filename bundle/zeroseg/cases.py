@@ -369,7 +369,8 @@ class CaseRunner:
             picture.save(part, format="PNG")
         files, notes = [mask.name, confidence.name, overlay.name], []
         if self.dicom_seg and case.kind.startswith("dicom"):
-            names = {1: result.name or "object"} if result.rule != "segments" else None
+            named = {value: name for name, value in result.details.get("labels", {}).items()}
+            names = named or {1: result.name or "object"} if result.rule != "segments" else None
             try:
                 written = write_dicom_seg(
                     image,

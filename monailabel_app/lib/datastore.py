@@ -15,9 +15,13 @@ import numpy as np
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.utils.convert import binary_to_image
+from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
+from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from lib import rtstruct
 from lib.mends import dicom_seg
 from lib.mends.errors import NotFound, Refused, is_name
 from lib.sources import CONVERTED, stamp
@@ -176,6 +180,8 @@ class StudyDatastore(DICOMWebDatastore):
     def __init__(self, client, search_filter: dict[str, Any], **rest: Any):
         self._fetching = threading.Lock()
         self._listed: tuple[float, list[str]] = (float("-inf"), [])
+        # DICOM SEG -> the series it refers to.
+        self._labelled: tuple[float, dict[str, str | None]] = (float("-inf"), {})
         super().__init__(client=client, search_filter=search_filter, **rest)
 
     def list_images(self) -> list[str]:
@@ -189,6 +195,26 @@ class StudyDatastore(DICOMWebDatastore):
             series = [str(Dataset.from_json(s)["SeriesInstanceUID"].value) for s in found]
             self._listed = time.monotonic(), list(dict.fromkeys(series))
         return self._listed[1]
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Series whose label was submitted here, or that a DICOM SEG on the server refers to; MONAI Label's own list is two hours old."""
+        if time.monotonic() - self._labelled[0] > LIST_SECONDS:
+            of_seg = self._labelled[1]
+            for one in self._client.search_for_series(search_filters={"Modality": "SEG"}):
+                study, series = (one[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
+                if series not in of_seg:
+                    meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
+                    referred = meta.get("ReferencedSeriesSequence") or ()
+                    of_seg[series] = str(referred[0].SeriesInstanceUID) if referred else None
+            self._labelled = time.monotonic(), of_seg
+        known = self.list_images()
+        labelled = {*LocalDatastore.get_labeled_images(self), *self._labelled[1].values()}
+        return [image for image in known if image in labelled]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """The others."""
+        labelled = set(self.get_labeled_images())
+        return [image for image in self.list_images() if image not in labelled]
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of the series as NIfTI; its DICOM files lie beside it.
@@ -209,6 +235,22 @@ class StudyDatastore(DICOMWebDatastore):
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
     ) -> str:
-        """Store a label, a final one as DICOM SEG as well; a task's own answer, saved by a batch, comes with ``params``."""
+        """Store a label, a final one as DICOM SEG as well, and as RTSTRUCT where ``label_info`` asks for it by ``rtstruct``.
+
+        A task's own answer, saved by a batch, comes with ``params``.
+
+        Raises:
+            ZeroSegError: the label is empty, or cannot be written in that form; nothing is stored then.
+        """
         dicom_seg.remember(label_info.get("params"))
-        return super().save_label(image_id, label_filename, label_tag, label_info, label_id)
+        contours = None
+        if label_tag == DefaultLabelTag.FINAL and label_info.get("rtstruct"):
+            # MONAI Label takes OHIF's raw voxels apart only below.
+            image = self.get_image_uri(image_id)
+            mask = binary_to_image(image, label_filename) if label_filename.endswith(".bin") else label_filename
+            series = Path(self._datastore.image_path()) / image_id
+            contours = rtstruct.write(series, Path(mask), label_info.get("label_info") or ())
+        saved = super().save_label(image_id, label_filename, label_tag, label_info, label_id)
+        if contours is not None:
+            dicom_web_upload_dcm(contours, self._client)
+        return saved

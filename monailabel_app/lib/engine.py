@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lib.memory import ByteLimitedCache, CachedInferer, bytes_of
 from lib.sources import OpenImage, read_source, source_of, stamp
 from zeroseg.errors import ZeroSegError
+from zeroseg.learning import LearnedHead
+from zeroseg.learning.features import read_prepared
 from zeroseg.segmentation import Segmentation
 
 
@@ -71,6 +77,53 @@ class Engine:
         labels[tuple(window)], confidence[tuple(window)] = result.labels, result.confidence
         result.labels, result.confidence = labels, confidence
         return result
+
+    def learned(self, entry: OpenImage, head: LearnedHead, only_slice: int | None = None) -> Segmentation:
+        """The labels of a trained head on an image, or on one slice of a volume.
+
+        Args:
+            entry: from ``open``.
+            head: trained on this engine's backbone.
+            only_slice: as for ``segment``.
+
+        Raises:
+            ZeroSegError: there is no such slice.
+        """
+        start = time.perf_counter()
+        if only_slice is None or not entry.image.is_volume:
+            found = head.predict(entry.unprepared)
+            labels, confidence = found.label_map, found.certainty
+        else:
+            axis = self.inferer.slice_axis % 3
+            count = entry.image.shape[axis]
+            if not 0 <= only_slice < count:
+                raise ZeroSegError(f"slice {only_slice} lies outside the volume: 0..{count - 1}")
+            found = head.predict(self.inferer.encode_prepared(entry.prepared.select(axis + 1, only_slice)))
+            labels = np.zeros(entry.image.shape, np.uint8)
+            confidence = np.ones(entry.image.shape, np.float32)
+            at = (slice(None),) * axis + (only_slice,)
+            labels[at], confidence[at] = found.label_map, found.certainty
+        values = range(1, int(labels.max()) + 1)
+        scores = [float(confidence[labels == k].mean()) if (labels == k).any() else 0.0 for k in values]
+        details = {"expected_dice": round(found.confidence, 4)}
+        return Segmentation(
+            labels, confidence, scores, "learned", seconds={"predict": time.perf_counter() - start}, details=details
+        )
+
+    def slices_of(self, entry: OpenImage, count: int) -> list[Tensor]:
+        """A picture, or so many slices of a volume, evenly spaced: (3, H, W) each."""
+        if not entry.image.is_volume:
+            return [entry.prepared]
+        axis = self.inferer.slice_axis % 3 + 1
+        last = entry.prepared.shape[axis] - 1
+        places = np.unique(np.rint((np.arange(count) + 0.5) / count * last).astype(int))
+        return [entry.prepared.select(axis, int(place)) for place in places]
+
+    def mean_feature(self, part: Tensor) -> np.ndarray:
+        """(C,) mean over (3, H, W) of the frozen decoder's features; each of its blocks has length 1."""
+        read = read_prepared(self.inferer, part)
+        blocks = read.features.float().mean((1, 2)).split(read.blocks)
+        return torch.cat([F.normalize(block, dim=0) for block in blocks]).numpy()
 
 
 def _shifted(prompt: dict, axis: int, at: int) -> dict:

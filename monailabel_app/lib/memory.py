@@ -74,9 +74,13 @@ class CachedInferer(AttentionSegmentationInferer):
         self.encodings: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit, bytes_of)
         self.remains: ByteLimitedCache[EncodedImage] = ByteLimitedCache(limit // 10, bytes_of)
 
-    def encode_prepared(self, full: Tensor, text: str | None = None) -> EncodedImage:
-        """``encode_prepared`` of the bundle, or its earlier answer; stops where nobody waits for the answer any more."""
+    def check(self) -> None:
+        """``check`` of the bundle, which comes before every pass of the model; stops where nobody waits for the answer any more."""
         stop_if_abandoned()
+        super().check()
+
+    def encode_prepared(self, full: Tensor, text: str | None = None) -> EncodedImage:
+        """``encode_prepared`` of the bundle, or its earlier answer."""
         self.check()
         # A copy, unless it is the image itself: a view would keep its whole volume in memory.
         full = full.contiguous()

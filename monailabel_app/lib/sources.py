@@ -24,6 +24,11 @@ class OpenImage:
     prepared: Tensor
 
     @property
+    def unprepared(self) -> Tensor:
+        """(C, H, W) or (C, X, Y, Z) float32, of which ``prepare`` makes ``prepared``."""
+        return torch.from_numpy(to_unit_range(self.image))
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes in memory."""
         return self.image.array.nbytes + self.prepared.untyped_storage().nbytes()

@@ -4,6 +4,9 @@
     zeroseg serve &
     python scripts/benchmarks/soak.py http://127.0.0.1:8000 --seconds 300 --clients 8
 
+With --train the server learns from the labels it has, meanwhile: python scripts/benchmarks/soak.py --clients 0 --train is what a
+training alone makes of the time of /info.
+
 Every client asks for clicks and automatic masks on images of the datastore; one more asks for /info all the time. A request has
 failed when it is answered with anything but 200. Exit code 1 when one has.
 """
@@ -28,13 +31,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="clients at once (default 8)")
     parser.add_argument("--seconds", type=float, default=300, help="duration (default 300)")
     parser.add_argument("--pid", type=int, help="process of the server; its memory is reported")
+    parser.add_argument("--train", action="store_true", help="train learned from the submitted labels meanwhile")
     args = parser.parse_args()
-    report = soak(args.url, args.clients, args.seconds, args.pid)
+    report = soak(args.url, args.clients, args.seconds, args.pid, args.train)
     print(json.dumps(report, indent=1))
     raise SystemExit(1 if report["failed"] else 0)
 
 
-def soak(url: str, clients: int, seconds: float, pid: int | None = None) -> dict[str, Any]:
+def soak(url: str, clients: int, seconds: float, pid: int | None = None, train: bool = False) -> dict[str, Any]:
     """Run the load.
 
     Args:
@@ -42,6 +46,7 @@ def soak(url: str, clients: int, seconds: float, pid: int | None = None) -> dict
         clients: threads that send one request after the other.
         seconds: how long.
         pid: process of the server on this machine, or None.
+        train: whether ``learned`` is trained as long; labels must have been submitted.
 
     Returns:
         ``requests`` answered, how many ``failed`` and the first ``failures``, seconds at the median and the 95th percentile
@@ -51,6 +56,9 @@ def soak(url: str, clients: int, seconds: float, pid: int | None = None) -> dict
     images = list(requests.get(f"{url}/datastore/?output=all", timeout=60).json()["objects"])
     if not images:
         raise SystemExit(f"soak: {url} serves no images of a folder")
+    if train:
+        asked = {"seconds": max(1, seconds), "steps": 10_000}
+        requests.post(f"{url}/train/learned", json=asked, timeout=60).raise_for_status()
     end = time.monotonic() + seconds
     times: dict[str, list[float]] = {"infer": [], "info": []}
     failures: list[str] = []
@@ -91,8 +99,10 @@ def soak(url: str, clients: int, seconds: float, pid: int | None = None) -> dict
     before = memory(pid)
     for thread in threads:
         thread.join()
+    trained = requests.get(f"{url}/info/", timeout=60).json()["train_stats"].get("learned", {}) if train else None
     return {
         "clients": clients,
+        **({"training": trained} if train else {}),
         "seconds": seconds,
         "requests": sum(map(len, times.values())),
         "failed": len(failures),

@@ -5,8 +5,10 @@
 // scenario: {server, chromium, folder, studies: [{name, uid, steps: [...]}]}; a step is one of
 //     {name, run: model, options: {option: value}}               Auto-Segmentation, after setting options in their dialog
 //     {name, click: [x, y, z] (LPS mm), model, label}            Point Prompts
+//     {name, press: button, strategy}                            a button of Active Learning, after picking a strategy
+//     {name, save: segment's name}                               Save as DICOM SEG, every segment under that name
 // report: {left: addresses beyond this machine that were asked for and refused, errors: of the page,
-//     studies: [{name, viewports, colours, steps: [{name, url, params, status, notice, coloured, labels}]}]}
+//     studies: [{name, viewports, tabs: of the panel, colours, steps: [{name, url, params, status, notice, coloured, labels}]}]}
 // colours: label -> [r, g, b] of the segmentation in the page; coloured: viewport -> how many of its pixels are not gray
 // labels: the segmentation that the page holds: {dimensions, spacing, origin, direction (LPS), data: base64 of uint8}
 // A screenshot of every step goes to folder as <study>-<step>.png.
@@ -39,9 +41,11 @@ try {
     const viewports = await open(page, study.uid);
     await connect(page);
     const steps = [];
-    report.studies.push({ name: study.name, viewports, steps, colours: await colours(page) });
+    const tabs = await page.locator('.monaiLabelPanel .tab-label:visible').allInnerTexts();
+    report.studies.push({ name: study.name, viewports, steps, tabs, colours: await colours(page) });
     for (const step of study.steps) {
-      const done = 'click' in step ? await click(page, step) : await run(page, step);
+      const act = { click, press, save }[['click', 'press', 'save'].find(kind => kind in step)] ?? run;
+      const done = await act(page, step);
       steps.push({ name: step.name, ...done, ...(await shown(page)) });
       await page.screenshot({ path: `${scenario.folder}/${study.name}-${step.name}.png` });
     }
@@ -137,6 +141,31 @@ async function click(page, { click: world, model, label }) {
     () => window.cornerstoneTools.annotation.state.getAllAnnotations().some(a => a.metadata.toolName === 'ProbeMONAILabel')
   );
   return answered(page, () => tab.getByRole('button', { name: 'Run', exact: true }).click());
+}
+
+async function press(page, { press: button, strategy }) {
+  const tab = page.locator('.tab', { has: page.getByText('Active Learning', { exact: true }) });
+  if (!(await tab.locator('input.tab-switch').isChecked())) await tab.getByText('Active Learning', { exact: true }).click();
+  if (strategy) await tab.locator('select').selectOption(strategy);
+  const [response] = await Promise.all([
+    page.waitForResponse(r => r.request().method() === 'POST' && /\/(train|activelearning)\//.test(r.url())),
+    tab.getByRole('button', { name: button, exact: true }).click(),
+  ]);
+  const notice = response.ok() ? null : await page.locator('#zeroseg-message').innerText();
+  const answer = await response.json();
+  if (response.ok()) await page.keyboard.press('Escape'); // the form that offers to open the next image
+  return { status: response.status(), url: response.url(), answer, notice };
+}
+
+async function save(page, { save: name }) {
+  await page.locator('#zeroseg-save-button').click();
+  for (const field of await page.locator('#zeroseg-save input[maxlength]').all()) await field.fill(name);
+  const [response] = await Promise.all([
+    page.waitForResponse(r => r.url().includes('/datastore/label')),
+    page.locator('#zeroseg-save').getByRole('button', { name: 'Save', exact: true }).click(),
+  ]);
+  const notice = await page.locator('#zeroseg-message').innerText();
+  return { status: response.status(), url: response.url(), notice };
 }
 
 async function opened(page, title) {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import requests
 from PIL import Image
@@ -60,6 +61,7 @@ class Visit:
     mr: Series
     word: str
     report: dict
+    stored: list[pydicom.Dataset]
 
     def step(self, study: str, name: str) -> dict:
         steps = next(s["steps"] for s in self.report["studies"] if s["name"] == study)
@@ -87,7 +89,10 @@ def visit(tmp_path_factory) -> Visit:
                         "name": "ct",
                         "uid": ct.study,
                         "steps": [
+                            {"name": "too soon", "press": "Update Model"},
                             {"name": "click", "click": place(ct, ct.click), "model": "points", "label": "segment_02"},
+                            {"name": "save", "save": "round mass"},
+                            {"name": "next", "press": "Next Sample", "strategy": "first"},
                             {"name": "absent", "run": "text", "options": {"text": word, "certainty": "1000000", **one}},
                             {
                                 "name": "text",
@@ -113,7 +118,8 @@ def visit(tmp_path_factory) -> Visit:
                     },
                 ],
             }
-            yield Visit(server.url, ct, mr, word, drive(scenario, folder))
+            report = drive(scenario, folder)
+            yield Visit(server.url, ct, mr, word, report, store.instances(Modality="SEG"))
 
 
 def found(server: str, series: Series, word: str) -> bool:
@@ -179,6 +185,29 @@ def test_a_click_on_the_picture_draws_the_object_under_it(visit):
     assert set(np.unique(labels)) == {0, 2}  # the label that was picked
     assert dice(labels == 2, visit.ct.object) > 0.7
     assert all(step["coloured"][name] > 100 for name in ("mpr-axial", "mpr-sagittal", "mpr-coronal")), step["coloured"]
+
+
+def test_what_is_on_screen_is_saved_as_dicom_seg_under_the_users_name(visit):
+    step = visit.step("ct", "save")
+    assert step["status"] == 200 and "round mass" in step["notice"]
+    [seg] = visit.stored
+    assert [one.SegmentLabel for one in seg.SegmentSequence] == ["round mass"]
+    labels, _ = labels_of(step)
+    shown = {
+        visit.ct.instances[k]: np.count_nonzero(labels[..., k]) for k in range(labels.shape[2]) if labels[..., k].any()
+    }
+    for frame, mask in zip(seg.PerFrameFunctionalGroupsSequence, seg.pixel_array, strict=True):
+        uid = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        assert np.count_nonzero(mask) == shown.pop(uid)
+    assert not shown
+
+
+def test_the_buttons_of_active_learning_do_what_they_say(visit):
+    refused, following = visit.step("ct", "too soon"), visit.step("ct", "next")
+    assert refused["status"] == 422 and "no label was submitted" in refused["notice"]
+    # The panel asks for random whatever is picked; and the CT has its label now.
+    assert following["url"].endswith("/activelearning/first") and following["answer"]["id"] == visit.mr.uid
+    assert "Class Prompts" not in visit.report["studies"][0]["tabs"] and len(visit.report["studies"][0]["tabs"]) == 3
 
 
 def test_a_text_typed_into_the_options_draws_what_it_names(visit):

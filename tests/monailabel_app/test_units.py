@@ -15,6 +15,9 @@ from scipy import ndimage
 
 pytest.importorskip("monailabel")
 
+import dicom_studies
+from dicom_studies import oblique
+from lib import rtstruct
 from lib.datastore import FolderDatastore, write_twin
 from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write
@@ -22,7 +25,7 @@ from lib.infers.tumor import Tumor
 from lib.memory import ByteLimitedCache, bytes_of
 from lib.mends import dicom_seg, errors
 from lib.sources import source_of
-from phantom_studies import OBJECT, phantom, write_series
+from phantom_studies import OBJECT, SHAPE, phantom, write_series
 from zeroseg.attention import Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -270,6 +273,33 @@ def test_dicom_seg_takes_names_and_grid_and_refuses_an_empty_mask(tmp_path):
     with pytest.raises(ZeroSegError, match="empty"):
         dicom_seg.write(str(tmp_path / "series"), str(tmp_path / "none.nii.gz"), [])
     assert dicom_seg.names([3, 5], [{"name": "a"}, {"name": "b"}]) == {3: "a", 5: "b"}
+
+
+def test_contours_lie_where_the_label_does(tmp_path):
+    pytest.importorskip("rt_utils")
+    affine = oblique((1.5, 1.5, 4.0), (20, -15), (60, 90, -30))
+    series = dicom_studies.write(tmp_path / "ct", "CT", phantom(), affine, numbers=range(SHAPE[2], 0, -1))
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[OBJECT] = 2
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "label.nii.gz")
+    written = rtstruct.write(tmp_path / "ct", tmp_path / "label.nii.gz", [{"name": "lesion", "idx": 2}])
+    struct = pydicom.dcmread(written)
+    assert struct.Modality == "RTSTRUCT" and [roi.ROIName for roi in struct.StructureSetROISequence] == ["lesion"]
+    to_voxel = np.linalg.inv(dicom_studies.TO_LPS @ affine)
+    corners = []
+    for contour in struct.ROIContourSequence[0].ContourSequence:
+        points = np.reshape([float(v) for v in contour.ContourData], (-1, 3))
+        voxels = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+        k = round(voxels[0, 2])
+        assert contour.ContourImageSequence[0].ReferencedSOPInstanceUID == series.instances[k]
+        corners.append([*voxels.min(0), *voxels.max(0)])
+    low, high = np.min(corners, 0)[:3], np.max(corners, 0)[3:]
+    np.testing.assert_allclose(low, [part.start for part in OBJECT], atol=0.02)
+    np.testing.assert_allclose(high, [part.stop - 1 for part in OBJECT], atol=0.02)
+    write_series(tmp_path / "oblong", phantom())
+    nib.save(nib.Nifti1Image(labels, read_image(find_cases(tmp_path / "oblong")[0]).affine), tmp_path / "other.nii.gz")
+    with pytest.raises(ZeroSegError, match="not square"):
+        rtstruct.write(tmp_path / "oblong", tmp_path / "other.nii.gz")
 
 
 @pytest.mark.parametrize(

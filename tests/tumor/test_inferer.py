@@ -82,6 +82,15 @@ def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
     assert not (result.labels.astype(bool) & ~near).any()
 
 
+def test_other_settings_share_the_models(make):
+    inferer = make()
+    other = inferer.replace(threshold=0.3, organ="lung")
+    assert (other.threshold, other.organ, inferer.threshold, inferer.organ) == (0.3, "lung", 0.5, "liver")
+    assert other.backbone is inferer.backbone
+    with pytest.raises(TypeError, match="no setting 'treshold'"):
+        inferer.replace(treshold=0.3)
+
+
 def test_encode_once_prompt_often(make, volume, monkeypatch):
     inferer = make()
     encoded = inferer.encode(volume, AFFINE, "ct")

@@ -26,6 +26,11 @@ In volumes, by themselves (rule of the CVPR 2025 challenge on interactive 3-D se
   clicks3d        each click at the centre of the largest 26-connected component of what is wrong
   box+clicks3d    the tight box first, then the clicks
 
+Learning from a few labels (zeroseg learn), by itself: --protocol few-shot --shots 1,3,5,10,20. Heads are fitted to so many images of each
+set, --choices times, and scored on up to 40 others of it; beside them auto, 15 nearest neighbours in Lab colour, an exemplar (one image),
+and MONAI's BasicUNet from random weights with the same images and seconds of processor time (--unet-times 1,10: and ten
+times as long). Written to few_shot.csv, summary.json and table.md, after each set.
+
 Upper bounds, because the mask chooses among the segments:
   oracle_union   every segment that lies in the mask with more than half of its pixels
   oracle_single  the one segment of best Dice
@@ -60,7 +65,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zeroseg.cli.parser import Parser
-from zeroseg.cli.shared import add_json, measured
+from zeroseg.cli.shared import add_json, measured, numbers
 from zeroseg.errors import ZeroSegError
 
 
@@ -92,6 +97,18 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME=VALUE",
         help="settings of AttentionSegmentationInferer, values as JSON, e.g. affinity=features",
     )
+    few = parser.add_argument_group("few-shot")
+    few.add_argument("--shots", default="1,3,5,10,20", help="numbers of labelled images (default: %(default)s)")
+    few.add_argument("--choices", type=int, default=5, help="of those images, each by a seed (default: %(default)s)")
+    few.add_argument("--seconds", type=float, default=60, help="of processor time for each fit (default: %(default)g)")
+    few.add_argument("--rest", type=int, default=40, help="most images a choice is scored on (default: %(default)s)")
+    few.add_argument(
+        "--unet-times", default="1", help="how many times those seconds the UNet has (default: 1; 0: no UNet)"
+    )
+    few.add_argument(
+        "--unet-shots", default="5", help="for which shots it has more than once them (default: %(default)s)"
+    )
+    few.add_argument("--cache", type=Path, help="folder for encodings, so that a further run does not encode again")
     add_json(parser, "summary.json (of a suite: table.json)")
 
 
@@ -103,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.suite is None) == (args.images is None) or (args.images is None) != (args.masks is None):
         raise ZeroSegError("give either --images with --masks, or --suite")
     args.protocols = list(dict.fromkeys(p.strip() for p in args.protocol.split(",") if p.strip()))
-    known = (*PROTOCOLS, *INTERACTIVE, *VOLUME_PROTOCOLS)
+    if "few-shot" in args.protocols:
+        return run_few_shot(args)
+    known = (*PROTOCOLS, *INTERACTIVE, *VOLUME_PROTOCOLS, "few-shot")
     unknown = [p for p in args.protocols if p not in known]
     if unknown or not args.protocols:
         raise ZeroSegError(f"unknown protocol {', '.join(unknown)!r}: use {', '.join(known)}")
@@ -168,6 +187,42 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     print(report_tables({name: summary}))
     return failures
+
+
+def run_few_shot(args: argparse.Namespace) -> int:
+    """Measure learning from a few labels; returns the exit code."""
+    from zeroseg.backbones import StableDiffusionBackbone
+    from zeroseg.evaluation.few_shot import Plan, evaluate_few_shot
+    from zeroseg.evaluation.images import picture_sets
+    from zeroseg.interaction.inferer import AttentionSegmentationInferer
+
+    if args.protocols != ["few-shot"]:
+        raise ZeroSegError("few-shot is measured by itself: leave the other protocols out")
+    shots, times, longer = (
+        numbers(getattr(args, name), f"--{name.replace('_', '-')}") for name in ("shots", "unet_times", "unet_shots")
+    )
+    if not all(isinstance(k, int) and k >= 1 for k in [*shots, *longer, args.choices, args.rest]) or args.seconds <= 0:
+        raise ZeroSegError("--shots, --unet-shots, --choices, --rest and --seconds must be whole and positive")
+    plan = Plan(
+        tuple(int(k) for k in shots),
+        args.choices,
+        args.seconds,
+        args.rest,
+        tuple(t for t in times if t > 0),
+        tuple(int(k) for k in longer),
+        args.choices,
+    )
+    sets = {args.images.resolve().name: (args.images, args.masks)} if args.suite is None else picture_sets(args.suite)
+
+    def measure() -> int:
+        backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device)
+        inferer = AttentionSegmentationInferer(backbone=backbone, **_settings(args.select_settings))
+        inferer.check()
+        return evaluate_few_shot(sets, args.out, inferer, plan, args.cache, args.limit)
+
+    # Its results are always in summary.json.
+    args.suite = None
+    return measured(args, measure)
 
 
 def asked_inferer(argv: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ from zeroseg.cli.parser import Parser, guarded
 COMMANDS = {
     "segment": "images: masks by a rule, clicks, a box or words",
     "tumor": "volumes: tumours by words, with the evidence",
+    "learn": "from a few images and their masks, for --learned of segment",
     "batch": "a cohort, on several processes or a cluster, taken up again where it ended",
     "rerun": "the cases of a manifest again, compared bit for bit",
     "serve": "OHIF and 3D Slicer, through MONAI Label",

@@ -8,6 +8,8 @@
     zeroseg segment cell.png --output-dir OUT --mask draft.png --points 60,60 --labels 0    a draft, corrected
     zeroseg segment IMAGES --output-dir OUT --text "skin lesion"
     zeroseg segment IMAGES --output-dir OUT --prompts prompts.json
+    zeroseg segment IMAGES --output-dir OUT --learned HEAD             what zeroseg learn has learned from your masks
+    zeroseg segment IMAGES --output-dir OUT --exemplar a.png,a_mask.png    like in this image, without learning
 
 The same as python -m monai.bundle run with the bundle's inference.yaml. IMAGES is a folder or one file: PNG, JPEG, TIFF, BMP,
 NIfTI, NRRD, MHA, DICOM files and series. A case that cannot be read is listed in the manifest with its reason, the others
@@ -48,6 +50,8 @@ def add_arguments(parser: Parser) -> None:
     )
     prompt.add_argument("--text", help="words for what is meant, in every image without a prompt of its own")
     prompt.add_argument("--prompts", help="prompts.json: prompts by case")
+    prompt.add_argument("--learned", metavar="FOLDER", help="that zeroseg learn wrote: its labels, in every image")
+    prompt.add_argument("--exemplar", metavar="IMAGE,MASK", help="one labelled image: its labels, in every image")
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=["diffseg"], help="DiffSeg as it was published; options beside it stay")
     how.add_argument("--condition", help="words the model is told while it reads the images")
@@ -69,6 +73,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
+    check_learned(args, prompt)
     settings = given(args, "preset", "select", "affinity", "max_segments", "refine", "resolution", "seed")
     settings |= given(args, "backbone", "revision", "variant", "device", "dtype")
     if args.condition is not None:
@@ -86,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     runner.text, runner.prompts = args.text if args.text is not None else runner.text, args.prompts
     if window is not None:
         runner.window = (window[0], window[1])
+    if args.learned is not None or args.exemplar is not None:
+        runner.inferer = learned_inferer(args, runner.inferer, runner.window)
     if prompt:
         cases = CaseDataset(args.input).cases
         if len(cases) > 1:
@@ -113,3 +120,38 @@ def read_prompt(args: argparse.Namespace) -> dict[str, Any]:
     if prompt and (args.text is not None or args.prompts is not None):
         raise ZeroSegError("clicks, boxes and drawings go neither with --text nor with --prompts")
     return prompt
+
+
+def check_learned(args: argparse.Namespace, prompt: dict[str, Any]) -> None:
+    """Refuse other prompts beside what was learned.
+
+    Raises:
+        ZeroSegError: there are some.
+    """
+    given = [name for name in ("learned", "exemplar") if getattr(args, name) is not None]
+    others = [name for name in ("select", "text", "prompts") if getattr(args, name) is not None] + sorted(prompt)
+    if len(given) == 2 or (given and others):
+        raise ZeroSegError(f"--{given[0]} does not go with --{[*given[1:], *others][0]}: give one of them")
+
+
+def learned_inferer(args: argparse.Namespace, inferer: Any, window: Any) -> Any:
+    """What answers in place of the inferer, over its frozen model.
+
+    Raises:
+        ZeroSegError: the head or the exemplar cannot be used.
+    """
+    from pathlib import Path
+
+    from zeroseg.learning import Exemplar, LearnedHead
+    from zeroseg.learning.folders import read_folders
+    from zeroseg.learning.inferer import LearnedInferer
+
+    if args.learned is not None:
+        return LearnedInferer(LearnedHead.load(args.learned, inferer))
+    image, separator, mask = args.exemplar.rpartition(",")
+    if not separator or not image or not mask:
+        raise ZeroSegError(f"--exemplar takes IMAGE,MASK, two files with a comma between, not {args.exemplar!r}")
+    labelled = read_folders(Path(image), Path(mask), window=window)
+    if len(labelled.cases) > 1:
+        raise ZeroSegError("--exemplar takes one image: for several, zeroseg learn --images DIR --masks DIR")
+    return LearnedInferer(Exemplar(labelled.cases[0], inferer, labelled.labels), "exemplar")

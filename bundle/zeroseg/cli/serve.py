@@ -46,6 +46,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resolution", type=int, help="side in pixels a slice is resized to (default: the backbone's own)"
     )
+    parser.add_argument(
+        "--strategy",
+        choices=("uncertain", "diverse", "first", "random"),
+        help="which image comes next where a viewer asks for a random one, as OHIF does (default uncertain)",
+    )
     parser.add_argument("--app", help="folder monailabel_app (default: the one of the checkout, or $ZEROSEG_APP)")
     parser.add_argument("--verbose", action="store_true", help="log every request")
 
@@ -63,13 +68,11 @@ def run(args: argparse.Namespace) -> int:
         args.port = free_port(args.host)
     # MONAI Label lists CT only unless told otherwise; the app asks for a list of modalities one by one.
     os.environ.setdefault("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", json.dumps({"Modality": args.modalities.split(",")}))
-    os.environ.setdefault("MONAI_LABEL_TASKS_TRAIN", "false")
-    os.environ.setdefault("MONAI_LABEL_TASKS_SCORING", "false")
 
     studies = args.studies if remote else str(Path(args.studies).resolve())
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]
     command += ["--host", args.host, "--port", str(args.port), "--verbose", "INFO" if args.verbose else "WARNING"]
-    for name in ("backbone", "revision", "device", "dtype", "cache_mb", "threads", "resolution"):
+    for name in ("backbone", "revision", "device", "dtype", "cache_mb", "threads", "resolution", "strategy"):
         value = getattr(args, name)
         if value is not None:
             folder = name == "backbone" and Path(value).is_dir()

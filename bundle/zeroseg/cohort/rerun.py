@@ -14,7 +14,6 @@ import torch
 from zeroseg.cases import CaseRunner
 from zeroseg.configs import build_runner, find_config
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.prompts import DRAWN
 from zeroseg.io import Case, file_sha256, find_cases, write_json
 
@@ -87,6 +86,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ZeroSegError(f"{path.name} is not valid JSON: {error}") from error
     try:
+        if manifest["inferer"] == "LearnedInferer":
+            raise ZeroSegError(
+                f"{path.name} is of a learned head: run zeroseg segment with --learned or --exemplar again"
+            )
         known = manifest["inferer"] in CONFIGS
         for key in ("settings", "backbone"):
             known &= isinstance(manifest[key], dict)
@@ -126,11 +129,7 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     for name, value in manifest["settings"].items():
         if name in runner.options:
             setattr(runner, name, value)
-    if isinstance(runner.inferer, AttentionSegmentationInferer):
-        runner.inferer = runner.inferer.replace(**mine)
-    else:
-        for name, value in mine.items():
-            setattr(runner.inferer, name, value)
+    runner.inferer = runner.inferer.replace(**mine)
     threads = manifest.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 1024:
         torch.set_num_threads(threads)  # sums are rounded in the order they are shared out

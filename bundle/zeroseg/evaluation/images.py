@@ -145,6 +145,21 @@ def evaluate_set(
     return summary, entries, len(failed)
 
 
+def picture_sets(suite: Path) -> dict[str, tuple[Path, Path]]:
+    """The 2-D sets of a folder: name -> its folders of images and masks; those of volumes are named and left out.
+
+    Raises:
+        ZeroSegError: as ``pairs.sets_of``.
+    """
+    sets = {}
+    for folder, volumes in sets_of(suite):
+        if volumes:
+            print(f"{folder.name}: skipped, it holds volumes")
+        else:
+            sets[folder.name] = folder / "images", folder / "masks"
+    return sets
+
+
 def evaluate_suite(
     suite: Path,
     out: Path,
@@ -167,21 +182,17 @@ def evaluate_suite(
         ZeroSegError: there is no set, or none could be evaluated.
     """
     summaries, entries, failures = {}, [], 0
-    for folder, volumes in sets_of(suite):
-        if volumes:
-            print(f"{folder.name}: skipped, it holds volumes")
-            continue
-        text = texts.get(folder.name, texts.get(None))
+    for name, pair in picture_sets(suite).items():
+        text = texts.get(name, texts.get(None))
         try:
-            pair = (folder / "images", folder / "masks")
             summary, pictures, failed = evaluate_set(
-                folder.name, *pair, out / folder.name, inferer, protocols, text, control, half, limit, clicks
+                name, *pair, out / name, inferer, protocols, text, control, half, limit, clicks
             )
         except ZeroSegError as error:
-            print(f"{folder.name} failed: {error}", file=sys.stderr)
+            print(f"{name} failed: {error}", file=sys.stderr)
             failures += 1
             continue
-        summaries[folder.name] = summary
+        summaries[name] = summary
         entries += pictures
         failures += failed
     if not summaries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -205,6 +206,19 @@ class TumorSegmentationInferer(Inferer):
         }
         plain["text_encoder"] = self.text_encoder.describe()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def replace(self, **settings: Any) -> TumorSegmentationInferer:
+        """The same inferer with other settings; the models are shared.
+
+        Raises:
+            TypeError: a setting has no such name.
+        """
+        other = copy.copy(self)
+        for name, value in settings.items():
+            if name.startswith("_") or name not in vars(self):
+                raise TypeError(f"the inferer has no setting {name!r}")
+            setattr(other, name, value)
+        return other
 
     def check(self) -> None:
         """Check the settings and load the weights.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lib.configs import SEGMENTS, anonymous_labels
 from lib.engine import Engine
+from lib.heads import Heads
+from lib.infers.learned import Learned
 from lib.infers.points import Points, Scribbles
 from lib.infers.segments import Segments
 from lib.infers.text import Text
@@ -76,6 +78,17 @@ def scribbles(engine: Engine) -> Scribbles:
         labels={},
         description="The object under the green strokes and not under the red ones",
         config={"extent": EXTENT, "refine": REFINE, "candidate": CANDIDATE},
+    )
+
+
+def learned(engine: Engine, heads: Heads) -> Learned:
+    """The panel "Auto-Segmentation", once something was learned."""
+    return Learned(
+        engine,
+        heads,
+        type="segmentation",
+        description="The labels that people submitted, found in this image by what was learned from them",
+        config={"extent": EXTENT, "slice": -1},
     )
 
 

@@ -111,9 +111,11 @@ def _on_loop(scope: Scope) -> bool:
 
 
 def _is_job(scope: Scope) -> bool:
+    """Requests that run a model in this process: the strategies that look at images among them."""
     path = scope["path"]
-    return path.startswith("/infer/") or (
-        path.startswith("/batch/infer/") and b"run_sync=true" in scope["query_string"]
+    synchronous = b"run_sync=true" in scope["query_string"].lower()
+    return path.startswith(("/infer/", "/activelearning/")) or (
+        synchronous and path.startswith(("/batch/infer/", "/train/", "/scoring/"))
     )
 
 

@@ -1,0 +1,1 @@
+"""How good ``learned`` is, by the labels that people submitted."""
