@@ -177,13 +177,12 @@ def run_few_shot(args: argparse.Namespace) -> int:
     if not all(isinstance(k, int) and k >= 1 for k in [*shots, *longer, args.choices, args.rest]) or args.seconds <= 0:
         raise ZeroSegError("--shots, --unet-shots, --choices, --rest and --seconds must be whole and positive")
     plan = Plan(
-        tuple(shots),
-        args.choices,
-        args.seconds,
-        args.rest,
-        tuple(t for t in times if t > 0),
-        tuple(longer),
-        args.choices,
+        shots=tuple(map(int, shots)),
+        choices=args.choices,
+        seconds=args.seconds,
+        rest=args.rest,
+        unet=tuple(t for t in times if t > 0),
+        unet_shots=tuple(map(int, longer)),
     )
     sets = {args.images.resolve().name: (args.images, args.masks)} if args.suite is None else sets_of(args.suite)
 
