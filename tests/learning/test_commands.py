@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from phantoms3d import write_volumes
 from zeroseg.cli import main
 
 
@@ -115,3 +116,15 @@ def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
     assert "| learned | 2 |" in (tmp_path / "out" / "table.md").read_text()
     assert "by itself" in refused(capsys, *command, "--protocol", "few-shot,auto")
     assert "positive" in refused(capsys, *command, "--shots", "0")
+
+
+def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path):
+    write_volumes(tmp_path / "mr", 2, first_seed=60, largest=24, lesion=True, modality="mr", scene="limb")
+    folders = ["--images", tmp_path / "mr" / "images", "--labels", tmp_path / "mr" / "masks"]
+    what = ["--adapters", "--organ", "limb", "--modality", "mr", "--output_dir", tmp_path / "out"]
+    quick = {"steps": 2, "volumes": 2, "voxels": 32, "variants": 1, "crop": 16, "fusion_volumes": 0}
+    quick |= {"text_encoder": tiny_tumor_model / "text"}
+    options = [word for name, value in quick.items() for word in ("--set", f"{name}={value}")]
+    model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
+    assert run("learn", *folders, *what, *options, *model) == 0
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()

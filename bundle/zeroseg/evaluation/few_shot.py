@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,14 +81,14 @@ def read_sample(inferer: AttentionSegmentationInferer, pair: tuple, cache: Path 
     """
     sample = load_sample(*pair)
     guide = prepare(torch.as_tensor(sample.image))
+    size = (guide.shape[1], guide.shape[2])
     kept = None
     if cache is not None:
         name = "-".join((file_sha256(pair[0].paths[0])[:16], inferer.backbone.fingerprint[:8], f"{inferer.timestep}"))
         kept = cache / f"{name}.safetensors"
         if kept.is_file():
             found = safetensors.torch.load_file(kept)
-            height, width = sample.truth.shape
-            reading = Reading(found["image"], found["features"], tuple(found["blocks"].tolist()), (height, width))
+            reading = Reading(found["image"], found["features"], tuple(found["blocks"].tolist()), size)
             return ReadSample(sample.stem, guide, sample.truth, reading, found["auto"].bool().numpy())
     encoded = inferer.encode_prepared(guide)
     auto = inferer.predict(encoded, "auto").labels > 0
@@ -108,7 +108,7 @@ def read_sample(inferer: AttentionSegmentationInferer, pair: tuple, cache: Path 
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
-def budget(seconds: float):
+def budget(seconds: float) -> Callable[[], float]:
     """A function that gives the share that is left of some seconds of processor time."""
     began = time.process_time()
     return lambda: 1 - (time.process_time() - began) / seconds
@@ -194,21 +194,19 @@ class Plan:
 
     Attributes:
         shots: numbers of labelled images.
-        seeds: choices of them.
+        choices: of those images, each by a seed.
         seconds: of processor time for each fit.
         rest: most images a choice is scored on.
         unet: how many times these seconds the UNet trains; none leaves it out.
         unet_shots: for which numbers of images it trains longer than once.
-        unet_seeds: how many choices that is done for.
     """
 
     shots: tuple[int, ...] = (1, 3, 5, 10, 20)
-    seeds: int = 5
+    choices: int = 5
     seconds: float = 60
     rest: int = 40
     unet: tuple[float, ...] = (1, 10)
     unet_shots: tuple[int, ...] = (5,)
-    unet_seeds: int = 1
 
 
 def measure_set(
@@ -216,7 +214,7 @@ def measure_set(
 ) -> list[dict]:
     """Rows (see ``COLUMNS``) of one set; shots that leave fewer than two images to score on are left out."""
     rows = []
-    for seed in range(plan.seeds):
+    for seed in range(plan.choices):
         order = np.random.default_rng(seed).permutation(len(samples))
         for shots in [k for k in plan.shots if k <= len(samples) - 2]:
             given, rest = [samples[i] for i in order[:shots]], [samples[i] for i in order[shots:][-plan.rest :]]
@@ -239,7 +237,7 @@ def measure_set(
             for sample in rest:
                 add("colour neighbours", sample, colour(sample))
             for times in plan.unet:
-                if times > 1 and (shots not in plan.unet_shots or seed >= plan.unet_seeds):
+                if times > 1 and shots not in plan.unet_shots:
                     continue
                 unet = ScratchUNet(given, times * plan.seconds, seed)
                 for sample in rest:
@@ -256,12 +254,11 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
     for (method, shots), group in groups.items():
         seeds = sorted({row["seed"] for row in group})
         means = [float(np.mean([row["dice"] for row in group if row["seed"] == seed])) for seed in seeds]
-        entry: dict[str, float | None] = {
+        entry: dict[str, float | int | None] = {
             "dice": float(np.mean(means)),
             "std": float(np.std(means)),
             "choices": len(seeds),
         }
-        out[method][str(shots)] = entry
         if group[0]["expected_dice"] is not None:
             each = [
                 spearman(*zip(*((r["expected_dice"], r["dice"]) for r in group if r["seed"] == seed), strict=True))
@@ -269,6 +266,7 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
             ]
             known = [value for value in each if value is not None]
             entry["spearman"] = float(np.mean(known)) if known else None
+        out[method][str(shots)] = entry
     return dict(out)
 
 
