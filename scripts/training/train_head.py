@@ -406,7 +406,7 @@ def main() -> int:
         "--minutes",
         type=float,
         default=100,
-        help="of this call; the learning rate falls over the last quarter of --steps or --minutes, whichever ends first",
+        help="of this call; the learning rate falls over the last two fifths of --steps or --minutes, whichever ends first",
     )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -447,7 +447,7 @@ def main() -> int:
 
     def rate() -> float:
         left = min(1 - step / args.steps, 1 - (time.monotonic() - start) / (60 * args.minutes))
-        fall = min(1.0, left / 0.25)
+        fall = min(1.0, left / 0.4)
         return args.rate * min(1.0, (step + 1) / 200) * max(0.02, fall)
 
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:

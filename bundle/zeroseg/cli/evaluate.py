@@ -204,12 +204,12 @@ def run_few_shot(args: argparse.Namespace) -> int:
     if not all(isinstance(k, int) and k >= 1 for k in [*shots, *longer, args.choices, args.rest]) or args.seconds <= 0:
         raise ZeroSegError("--shots, --unet-shots, --choices, --rest and --seconds must be whole and positive")
     plan = Plan(
-        tuple(shots),
+        tuple(int(k) for k in shots),
         args.choices,
         args.seconds,
         args.rest,
         tuple(t for t in times if t > 0),
-        tuple(longer),
+        tuple(int(k) for k in longer),
         args.choices,
     )
     sets = {args.images.resolve().name: (args.images, args.masks)} if args.suite is None else picture_sets(args.suite)

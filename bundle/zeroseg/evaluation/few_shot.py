@@ -87,7 +87,8 @@ def read_sample(inferer: AttentionSegmentationInferer, pair: tuple, cache: Path 
         kept = cache / f"{name}.safetensors"
         if kept.is_file():
             found = safetensors.torch.load_file(kept)
-            reading = Reading(found["image"], found["features"], tuple(found["blocks"].tolist()), sample.truth.shape)
+            height, width = sample.truth.shape
+            reading = Reading(found["image"], found["features"], tuple(found["blocks"].tolist()), (height, width))
             return ReadSample(sample.stem, guide, sample.truth, reading, found["auto"].bool().numpy())
     encoded = inferer.encode_prepared(guide)
     auto = inferer.predict(encoded, "auto").labels > 0
@@ -255,11 +256,12 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
     for (method, shots), group in groups.items():
         seeds = sorted({row["seed"] for row in group})
         means = [float(np.mean([row["dice"] for row in group if row["seed"] == seed])) for seed in seeds]
-        out[method][str(shots)] = entry = {
+        entry: dict[str, float | None] = {
             "dice": float(np.mean(means)),
             "std": float(np.std(means)),
             "choices": len(seeds),
         }
+        out[method][str(shots)] = entry
         if group[0]["expected_dice"] is not None:
             each = [
                 spearman(*zip(*((r["expected_dice"], r["dice"]) for r in group if r["seed"] == seed), strict=True))

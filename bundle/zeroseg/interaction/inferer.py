@@ -29,7 +29,7 @@ from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, cont
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
 from zeroseg.interaction.volume import segment_volume
-from zeroseg.interaction.volume_session import VOLUME_HEAD, VolumeSessions, answer_volume, spacing_of
+from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
@@ -369,7 +369,7 @@ class AttentionSegmentationInferer(Inferer):
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
         single = image.shape[1 + self.slice_axis % 3] == 1
-        if not single and self.refiner == "head" and VOLUME_HEAD.is_dir():
+        if not single and self.refiner == "head":
             prompts = check_prompts(image.shape[1:], select or self.select, **prompt)
             if prompts.rule == "points" or (prompts.rule == "box" and prompts.box is not None):
                 return self._clicked_volume(image, prompts, prepared, affine)

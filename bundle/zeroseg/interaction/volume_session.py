@@ -51,7 +51,7 @@ ROOM = 1.5
 """A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
 """Weight of a first candidate's IoU with a prior, beside its estimated IoU; and the estimate below which the prior itself is shown."""
-DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 0.6, 0.05
+DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
 

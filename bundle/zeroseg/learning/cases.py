@@ -85,10 +85,10 @@ def check_label(case: Case, labels: Mapping[str, int], which: str = "a case") ->
     shape = tuple(to_tensor(case.image).shape[1:])
     if label.shape != shape:
         raise ZeroSegError(f"{which}: the label has shape {label.shape}, its image {shape}: they must be equal")
-    if label.dtype.kind not in "bui":
-        if not (np.isfinite(label).all() and (label == np.rint(label)).all()):
-            raise ZeroSegError(f"{which}: the label must hold whole numbers")
-        label = label.astype(np.int64)
+    if label.dtype.kind not in "bui" and not (np.isfinite(label).all() and (label == np.rint(label)).all()):
+        raise ZeroSegError(f"{which}: the label must hold whole numbers")
+    # Bool too, which would select instead of index.
+    label = label.astype(np.int64)
     unknown = sorted({int(value) for value in np.unique(label)} - {0, *labels.values()})
     if unknown:
         known = ", ".join(f"{name}={value}" for name, value in labels.items())

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroseg.attention.encoding import EncodedImage
-from zeroseg.attention.prepare import prepare
 from zeroseg.attention.refine import Upsampler
-from zeroseg.learning.cases import Case, check_labels, labelled_slices, to_tensor
-from zeroseg.learning.features import Reading, find_components, read_encoded, read_prepared
+from zeroseg.learning.cases import Case, check_labels, labelled_slices
+from zeroseg.learning.features import Reading, find_components, read_prepared
 from zeroseg.learning.fitting import shares
-from zeroseg.learning.head import Prediction, expected_dice
+from zeroseg.learning.head import Prediction, answer_slices, decide
 from zeroseg.learning.network import GRID
 
 if TYPE_CHECKING:
@@ -76,14 +75,7 @@ class Exemplar:
         Raises:
             ZeroSegError: the image is empty, not finite, or of other dimensions.
         """
-        if isinstance(image, EncodedImage):
-            return self._decide(self.probabilities(read_encoded(self.inferer, image), image.image))
-        full = prepare(to_tensor(image))
-        if full.ndim == 3:
-            return self._decide(self.probabilities(read_prepared(self.inferer, full), full))
-        axis = self.inferer.slice_axis % 3
-        parts = [self.probabilities(read_prepared(self.inferer, part), part) for part in full.unbind(axis + 1)]
-        return self._decide(np.stack(parts, axis + 1))
+        return decide(answer_slices(self.inferer, image, self.probabilities), self.labels)
 
     @torch.inference_mode()
     def probabilities(self, reading: Reading, guide: Tensor) -> np.ndarray:
@@ -99,7 +91,3 @@ class Exemplar:
         full = Upsampler(guide.cpu(), GRID)(logits.softmax(0)).clamp_min(1e-6)
         full = F.interpolate(full[None], reading.size, mode="bilinear", align_corners=False)[0]
         return (full / full.sum(0, keepdim=True)).numpy()
-
-    def _decide(self, probabilities: np.ndarray) -> Prediction:
-        values = np.array([0, *self.labels.values()], np.uint8)
-        return Prediction(values[probabilities.argmax(0)], probabilities, expected_dice(probabilities))

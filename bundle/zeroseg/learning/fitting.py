@@ -22,10 +22,12 @@ from zeroseg.learning.network import FewShotNet
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
-STEPS, BATCH = 200, 4
+STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
 RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
 """Learning rate after a short rise, in the end, and weight decay."""
+BODY = 0.25
+"""Share of the rate for what was trained before."""
 RISE = 20
 """Steps of the rise."""
 
@@ -52,7 +54,7 @@ def fit(
         cases: images and volumes with their labels, one or more. Of volumes some slices are learned from.
         inferer: its frozen model reads the images.
         labels: name -> value in the labels, 1 to 255.
-        seconds: after which learning ends at the latest; reading the images counts, but is never cut short.
+        seconds: after which learning ends at the latest; reading the images counts for half of it at most.
         progress: called as ``progress(epoch, total_epochs, best_metric)``; the metric is the Dice so far on the given images,
             changed at random. A total may be reached early where the time is up.
         cancelled: asked between steps.
@@ -77,10 +79,12 @@ def fit(
         _stop_if(cancelled)
         readings.append(read_prepared(inferer, part.image))
     classes = [shares(part.classes, len(names) + 1) for part in slices]
+    read = time.perf_counter()
+    rest = max(seconds - (read - began), seconds / 2)
     network, components, facts = fit_readings(
         readings,
         classes,
-        left=lambda: 1 - (time.perf_counter() - began) / seconds,
+        left=lambda: 1 - (time.perf_counter() - read) / rest,
         progress=progress,
         cancelled=cancelled,
         seed=seed,
@@ -125,7 +129,10 @@ def fit_readings(
     side = images.shape[-1]
     truths = torch.stack([F.interpolate(c[None], (side, side), mode="bilinear", antialias=True)[0] for c in classes])
     network = _network(len(classes[0]), features.shape[1], seed, start)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    body = set(network.body.parameters())
+    own = [p for p in network.parameters() if p not in body]
+    groups = [{"params": own, "share": 1.0}, {"params": [*network.body.parameters()], "share": BODY}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
         _stop_if(cancelled)
@@ -134,7 +141,7 @@ def fit_readings(
             break
         for group in optimizer.param_groups:
             rise = min(1.0, (done + 1) / RISE)
-            group["lr"] = LEAST_RATE + RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
+            group["lr"] = LEAST_RATE + group["share"] * RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
         batch = _draw(len(images), BATCH, generator)
         image, feature, truth = augment(images[batch], features[batch], truths[batch], generator)
         with torch.enable_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+from tqdm import tqdm
 
 from zeroseg import __version__
 from zeroseg.attention.encoding import EncodedImage
@@ -66,6 +68,38 @@ def expected_dice(probabilities: np.ndarray) -> float:
     return float(np.mean(scores)) if scores else 1 - float(probabilities[1:].sum(0).max())
 
 
+def answer_slices(
+    inferer: AttentionSegmentationInferer,
+    image: EncodedImage | Tensor | np.ndarray,
+    answer: Callable[[Reading, Tensor], np.ndarray],
+) -> np.ndarray:
+    """Probabilities of an encoding, of an image, or of a volume, whose slices are answered one by one and smoothed along their axis.
+
+    Args:
+        inferer: reads the images.
+        image: an encoding, (C, H, W) or (C, X, Y, Z).
+        answer: what was read of a slice, and its (3, h, w) in [0, 1] -> (L + 1, H, W).
+
+    Raises:
+        ZeroSegError: the image is empty, not finite, or of other dimensions.
+    """
+    if isinstance(image, EncodedImage):
+        return answer(read_encoded(inferer, image), image.image)
+    full = prepare(to_tensor(image))
+    if full.ndim == 3:
+        return answer(read_prepared(inferer, full), full)
+    axis = inferer.slice_axis % 3 + 1
+    parts = tqdm(full.unbind(axis), desc="slices", leave=False, disable=not inferer.progress)
+    stack = np.stack([answer(read_prepared(inferer, part), part) for part in parts], axis)
+    return stack if stack.shape[axis] == 1 else ndimage.gaussian_filter1d(stack, SMOOTH, axis, mode="nearest")
+
+
+def decide(probabilities: np.ndarray, labels: Mapping[str, int]) -> Prediction:
+    """The most probable label of every pixel."""
+    values = np.array([0, *labels.values()], np.uint8)
+    return Prediction(values[probabilities.argmax(0)], probabilities, expected_dice(probabilities))
+
+
 class LearnedHead:
     """A network fitted to a few labelled images over one frozen backbone, read with certain settings.
 
@@ -86,7 +120,8 @@ class LearnedHead:
         facts: dict[str, Any],
     ):
         self.inferer, self.components, self.labels, self.facts = inferer, components, labels, facts
-        self.network = network.eval().requires_grad_(False)
+        # In one layout, whether it was fitted or loaded: sums are rounded in its order.
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
@@ -97,17 +132,8 @@ class LearnedHead:
         Raises:
             ZeroSegError: the image is empty, not finite, or of other dimensions.
         """
-        if isinstance(image, EncodedImage):
-            return self._decide(self.probabilities(read_encoded(self.inferer, image)))
-        full = prepare(to_tensor(image))
-        if full.ndim == 3:
-            return self._decide(self.probabilities(read_prepared(self.inferer, full)))
-        axis = self.inferer.slice_axis % 3
-        slices = [self.probabilities(read_prepared(self.inferer, part)) for part in full.unbind(axis + 1)]
-        stack = np.stack(slices, axis + 1)
-        if len(slices) > 1:
-            stack = ndimage.gaussian_filter1d(stack, SMOOTH, axis + 1, mode="nearest")
-        return self._decide(stack)
+        shares = answer_slices(self.inferer, image, lambda reading, _: self.probabilities(reading))
+        return decide(shares, self.labels)
 
     @torch.inference_mode()
     def probabilities(self, reading: Reading) -> np.ndarray:
@@ -118,10 +144,6 @@ class LearnedHead:
         logits = self.network(images, torch.stack([features.flip(f) for f in flips]))
         shares = torch.stack([share.flip(f) for share, f in zip(logits.softmax(1), flips, strict=True)]).mean(0)
         return F.interpolate(shares[None], reading.size, mode="bilinear", align_corners=False)[0].numpy()
-
-    def _decide(self, probabilities: np.ndarray) -> Prediction:
-        values = np.array([0, *self.labels.values()], np.uint8)
-        return Prediction(values[probabilities.argmax(0)], probabilities, expected_dice(probabilities))
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the head; JSON-serialisable."""
@@ -174,11 +196,15 @@ class LearnedHead:
                         f"the head in {folder.name} was learned with another {name.replace('_', ' ')} "
                         f"({_short(wanted[name])}, here {_short(value)}): use that one, or learn again"
                     )
+            if described["classes"] != len(labels) + 1:
+                raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
             body = PromptHead(described["widths"], described["blocks"])
             network = FewShotNet(described["classes"], described["components"], body)
             components = Components(tensors.pop("components.mean"), tensors.pop("components.basis"))
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except WeightsError:
+            raise
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise WeightsError(f"the head in {folder.name} is not one of this version: learn it again") from error
         return cls(inferer, network, components, labels, dict(config["facts"]))
 

@@ -1,0 +1,117 @@
+"""zeroseg learn, segment --learned and --exemplar, and the protocol few-shot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zeroseg.cli import main
+
+
+def draw(folder: Path, names: str, value: int = 255) -> None:
+    """Pictures of a bright disc, and their masks."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:64, :64]
+    for k, name in enumerate(names):
+        mask = (y - 24 - 3 * k) ** 2 + (x - 36 + 4 * k) ** 2 < 120
+        Image.fromarray(np.where(mask, 200, 60).astype(np.uint8)).save(folder / "images" / f"{name}.png")
+        Image.fromarray((mask * value).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+
+
+@pytest.fixture
+def tiny(tiny_pipeline) -> list[str]:
+    return ["--backbone", str(tiny_pipeline), "--resolution", "64", "--device", "cpu"]
+
+
+def run(*argv: object) -> int:
+    return main([*map(str, argv)])
+
+
+def refused(capsys, *argv: object) -> str:
+    capsys.readouterr()
+    assert run(*argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("zeroseg: ")]
+    return line
+
+
+@pytest.fixture
+def learned(tmp_path, tiny) -> Path:
+    draw(tmp_path, "ab")
+    folders = "--images", tmp_path / "images", "--labels", tmp_path / "masks"
+    assert (
+        run("learn", *folders, "--output_dir", tmp_path / "head", "--seconds", "1", "--label", "cell=255", *tiny) == 0
+    )
+    return tmp_path / "head"
+
+
+def test_learn_and_segment(learned, tiny, tmp_path):
+    manifest = json.loads((learned / "manifest.json").read_text())
+    assert manifest["head"]["labels"] == {"cell": 255} and manifest["head"]["shots"] == 2
+    assert [case["case"] for case in manifest["cases"]] == ["a", "b"] and len(manifest["backbone"]["sha256"]) == 64
+    assert run("segment", tmp_path / "images", "--learned", learned, "--output-dir", tmp_path / "out", *tiny) == 0
+    (first, _) = json.loads((tmp_path / "out" / "manifest.json").read_text())["cases"]
+    assert first["select"] == "learned" and first["details"]["labels"] == {"cell": 255}
+    assert set(np.unique(np.asarray(Image.open(tmp_path / "out" / "a_seg.png")))) <= {0, 255}
+    assert (tmp_path / "out" / "a_overlay.png").is_file() and 0 <= first["details"]["expected_dice"] <= 1
+
+
+def test_learning_goes_on(learned, tiny, tmp_path):
+    folders = "--images", tmp_path / "images", "--labels", tmp_path / "masks", "--label", "cell=255"
+    before = json.loads((learned / "config.json").read_text())["weights"]["sha256"]
+    assert run("learn", *folders, "--output-dir", learned, "--seconds", "1", "--resume", *tiny) == 0
+    assert json.loads((learned / "config.json").read_text())["weights"]["sha256"] != before
+    assert json.loads((learned / "manifest.json").read_text())["settings"]["resumed"] is True
+
+
+def test_mistakes_are_one_line(learned, tiny, tmp_path, capsys):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    learn = ["learn", "--images", images, "--labels", masks, "--output-dir", tmp_path / "new", *tiny]
+    assert "NAME=VALUE" in refused(capsys, *learn, "--label", "cell")
+    assert "holds the value 255" in refused(capsys, *learn, "--label", "cell=1")
+    assert "holds no learned head" in refused(capsys, *learn, "--resume")
+    assert "--seconds" in refused(capsys, *learn, "--seconds", "0")
+    assert "--organ" in refused(capsys, *learn, "--adapters")
+    assert "no such file" in refused(capsys, *learn, "--labels", tmp_path / "none")
+    draw(tmp_path / "other", "xyz")
+    assert "has the name" in refused(capsys, *learn, "--labels", tmp_path / "other" / "masks")
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save(masks / "a.png")
+    assert "must be equal" in refused(capsys, *learn)
+    segment = ["segment", images, "--output-dir", tmp_path / "out", *tiny]
+    assert "does not go with" in refused(capsys, *segment, "--learned", learned, "--select", "auto")
+    assert "does not go with" in refused(capsys, *segment, "--learned", learned, "--exemplar", "a,b")
+    assert "another resolution" in refused(capsys, *segment[:4], *tiny[:2], "--resolution", "128", "--learned", learned)
+    assert "IMAGE,MASK" in refused(capsys, *segment, "--exemplar", "a.png")
+    assert "learned head" in refused(capsys, *segment, "--learned", tmp_path / "none")
+
+
+def test_an_exemplar_labels_a_folder(tiny, tmp_path):
+    draw(tmp_path, "ab")
+    draw(tmp_path / "one", "q")
+    pair = f"{tmp_path / 'one/images/q.png'},{tmp_path / 'one/masks/q.png'}"
+    assert run("segment", tmp_path / "images", "--exemplar", pair, "--output_dir", tmp_path / "out", *tiny) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {case["select"] for case in manifest["cases"]} == {"exemplar"}
+    assert manifest["settings"]["exemplar"] == {"labels": {"object": 1}}
+
+
+def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
+    draw(tmp_path, "abcde")
+    folders = ["--images", tmp_path / "images", "--masks", tmp_path / "masks", "--cache", tmp_path / "cache"]
+    options = ["--protocol", "few-shot", "--shots", "1,2,20", "--choices", "2", "--seconds", "0.01"]
+    command = ["evaluate", *folders, *options, "--unet-times", "1,2", "--unet-shots", "2", "--out", tmp_path / "out"]
+    command += ["--backbone", tiny_pipeline, "--device", "cpu", "--select-settings", "resolution=64"]
+    assert run(*command) == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["few_shot"]["images"]
+    unets = {"BasicUNet", "BasicUNet, 2 times as long"}
+    assert set(found) == {"learned", "auto", "exemplar", "colour neighbours", *unets}
+    assert set(found["learned"]) == {"1", "2"} and set(found["exemplar"]) == {"1"}
+    assert found["colour neighbours"]["2"]["dice"] > 0.95 and found["learned"]["1"]["choices"] == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+    assert "| learned | 2 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "by itself" in refused(capsys, *command, "--protocol", "few-shot,auto")
+    assert "positive" in refused(capsys, *command, "--shots", "0")

@@ -1,0 +1,270 @@
+"""A head learned from a few images: that it learns, is kept whole, and refuses what is not its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.attention.prepare import prepare
+from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.learning import Case, Exemplar, LearnedHead, Stopped, fit
+from zeroseg.learning.augmentation import augment
+from zeroseg.learning.cases import MOST_SLICES, chosen_slices, labelled_slices
+from zeroseg.learning.features import find_components, read_encoded, read_prepared
+from zeroseg.learning.fitting import fit_readings, shares
+from zeroseg.learning.head import expected_dice
+from zeroseg.learning.store import read_folder
+
+LABELS = {"disc": 1, "square": 3}
+
+
+def scene(seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A bright disc (1) and a dark square (3) somewhere on noisy ground."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    row, column = rng.integers(16, 48), rng.integers(12, 20)
+    label = np.zeros((size, size), np.uint8)
+    label[(y - row) ** 2 + (x - column) ** 2 < 100] = 1
+    top = rng.integers(6, 40)
+    label[top : top + 16, 40:56] = 3
+    image = np.choose(np.minimum(label, 2), [0.5, 0.9, 0.9])
+    image = np.where(label == 3, 0.1, image) + 0.02 * rng.standard_normal((3, size, size))
+    return image.clip(0, 1).astype(np.float32), label
+
+
+@pytest.fixture(scope="module")
+def inferer(tiny_backbone):
+    return AttentionSegmentationInferer(tiny_backbone, resolution=64)
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    """Steps that are not ended by a clock, so that heads are equal on every machine."""
+    return {"left": lambda: 1.0, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def head(inferer, few_steps) -> LearnedHead:
+    image, label = scene(0)
+    reading = read_prepared(inferer, prepare(torch.from_numpy(image)))
+    table = torch.tensor([0, 1, 0, 2])
+    network, components, facts = fit_readings([reading], [shares(table[label.astype(int)], 3)], **few_steps)
+    return LearnedHead(inferer, network, components, LABELS, {"shots": 1, **facts})
+
+
+def test_it_learns_from_two_images_over_the_embedded_model(embedded_backbone):
+    inferer = AttentionSegmentationInferer(embedded_backbone, resolution=128)
+    seen: list[tuple[int, int, float]] = []
+    cases = [Case(*scene(seed)) for seed in (0, 1)]
+    readings = [read_prepared(inferer, part.image) for part in labelled_slices(cases, LABELS, -1)]
+    classes = [shares(part.classes, 3) for part in labelled_slices(cases, LABELS, -1)]
+    network, components, facts = fit_readings(
+        readings, classes, left=lambda: 1.0, steps=40, progress=lambda *now: seen.append(now)
+    )
+    assert [now[:2] for now in seen] == [(10, 40), (20, 40), (30, 40), (40, 40)] and facts["steps"] == 40
+    learned = LearnedHead(inferer, network, components, LABELS, facts)
+    image, label = scene(2)
+    found = learned.predict(image)
+    for value in (1, 3):
+        mask, truth = found.label_map == value, label == value
+        assert 2 * np.count_nonzero(mask & truth) / (mask.sum() + truth.sum()) > 0.6
+    assert set(np.unique(found.label_map)) <= {0, 1, 3}
+
+
+def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
+    image, label = scene(0)
+    volume, labels = np.stack([image[:1]] * 3, -1), np.stack([label, label, 0 * label], -1)
+    head = fit([Case(image, label), Case(volume, labels)], inferer, labels=LABELS, seconds=0.01)
+    facts = head.describe()
+    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 1, LABELS)
+    found = head.predict(volume)
+    assert found.label_map.shape == (64, 64, 3) and found.probabilities.shape == (3, 64, 64, 3)
+    assert found.certainty.shape == (64, 64, 3) and 0 <= found.confidence <= 1
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+
+
+def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, inferer, few_steps):
+    image, label = scene(0)
+    reading = read_prepared(inferer, prepare(torch.from_numpy(image)))
+    classes = [shares(torch.tensor([0, 1, 0, 2])[label.astype(int)], 3)]
+    again, components, _ = fit_readings([reading], classes, **few_steps)
+    for a, b in zip(again.state_dict().values(), head.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    further, same, _ = fit_readings([reading], classes, **few_steps, start=head)
+    assert same is head.components and torch.equal(components.basis, same.basis)
+    assert not torch.equal(further.out.weight, head.network.out.weight)
+
+
+def test_an_encoding_and_its_image_give_the_same_answer(head, inferer):
+    image, _ = scene(1)
+    direct, encoded = head.predict(image), head.predict(inferer.encode(image))
+    np.testing.assert_allclose(direct.probabilities, encoded.probabilities, atol=1e-4)
+
+
+def test_saved_and_loaded_it_is_the_same(head, inferer, tmp_path):
+    head.save(tmp_path / "head")
+    loaded = LearnedHead.load(tmp_path / "head", inferer)
+    image, _ = scene(1)
+    same = np.array_equal(loaded.predict(image).probabilities, head.predict(image).probabilities)
+    assert same
+    assert loaded.describe() == head.describe()
+    head.save(tmp_path / "head")
+    assert len(list((tmp_path / "head").iterdir())) == 2
+
+
+def test_a_head_of_another_backbone_or_other_settings_is_refused(head, inferer, tmp_path, embedded_backbone):
+    head.save(tmp_path)
+    with pytest.raises(WeightsError, match="another timestep"):
+        LearnedHead.load(tmp_path, inferer.replace(timestep=10))
+    with pytest.raises(WeightsError, match="another backbone") as refused:
+        LearnedHead.load(tmp_path, AttentionSegmentationInferer(embedded_backbone, resolution=64))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["weights", "labels", "config", "nothing"])
+def test_what_was_tampered_with_is_refused(head, inferer, tmp_path, what):
+    head.save(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    config = tmp_path / "config.json"
+    if what == "weights":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    elif what == "labels":
+        config.write_text(config.read_text().replace('"disc"', '"ring"'))
+    elif what == "config":
+        config.write_text("{}")
+    else:
+        weights.unlink()
+    with pytest.raises(WeightsError):
+        LearnedHead.load(tmp_path, inferer)
+
+
+def test_a_kill_while_saving_leaves_the_old_head(head, inferer, tmp_path):
+    head.save(tmp_path)
+    before = read_folder(tmp_path)[1]
+    code = (
+        "import sys, time, torch; from pathlib import Path; from zeroseg.learning import store\n"
+        "def hang(*_): print('written', flush=True); time.sleep(60)\n"
+        "store.write_json = hang\n"
+        "store.write_folder(Path(sys.argv[1]), {'a': torch.zeros(3)}, {})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "written\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert read_folder(tmp_path)[1] == before
+    LearnedHead.load(tmp_path, inferer)
+    head.save(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_stopped_when_asked(inferer):
+    asked = []
+
+    def cancelled() -> bool:
+        asked.append(time.perf_counter())
+        return len(asked) > 3
+
+    with pytest.raises(Stopped, match="nothing was saved"):
+        fit([Case(*scene(0))], inferer, labels=LABELS, cancelled=cancelled)
+    assert len(asked) == 4 and issubclass(Stopped, ZeroSegError)
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "message"),
+    [
+        (np.zeros((64, 64), np.uint8), LABELS, "empty"),
+        (np.ones((64, 63), np.uint8), LABELS, "must be equal"),
+        (np.full((64, 64), 2, np.uint8), LABELS, "holds the value 2"),
+        (np.full((64, 64), 0.5), LABELS, "whole numbers"),
+        (np.full((64, 64), np.nan), LABELS, "whole numbers"),
+        (np.ones((64, 64), np.uint8), {}, "no labels"),
+        (np.ones((64, 64), np.uint8), {"a": 0}, "1 to 255"),
+        (np.ones((64, 64), np.uint8), {"a": True}, "1 to 255"),
+        (np.ones((64, 64), np.uint8), {"a": 1, "b": 1}, "same value"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(inferer, label, labels, message):
+    with pytest.raises(ZeroSegError, match=message):
+        fit([Case(scene(0)[0], label)], inferer, labels=labels, seconds=1)
+
+
+def test_bool_labels_are_labels():
+    image, label = scene(0)
+    (part,) = labelled_slices([Case(image, label == 1)], {"disc": 1}, -1)
+    assert torch.equal(part.classes, torch.from_numpy((label == 1).astype(np.int64)))
+
+
+def test_nothing_to_learn_from_and_other_labels_to_go_on_from(inferer, head):
+    with pytest.raises(ZeroSegError, match="at least one"):
+        fit([], inferer, labels=LABELS)
+    with pytest.raises(ZeroSegError, match="other labels"):
+        fit([Case(*scene(0))], inferer, labels={"disc": 1, "square": 3, "more": 4}, start=head)
+    with pytest.raises(ZeroSegError, match="seconds"):
+        fit([Case(*scene(0))], inferer, labels=LABELS, seconds=0)
+    with pytest.raises(ZeroSegError, match="an image must be"):
+        fit([Case(np.zeros((64, 64)), np.zeros((64, 64)))], inferer, labels=LABELS)
+
+
+def test_slices_of_a_volume_are_spread_over_what_is_labelled():
+    label = np.zeros((100, 4, 4), bool)
+    label[30:80] = True
+    chosen = chosen_slices(label, MOST_SLICES)
+    assert len(chosen) == MOST_SLICES and chosen == sorted(set(chosen))
+    assert sum(30 <= k < 80 for k in chosen) == 18 and {30, 79} <= set(chosen)
+
+
+def test_expected_dice_is_that_of_the_probabilities():
+    shares = np.zeros((2, 2, 2), np.float32)
+    shares[1] = [[0.9, 0.6], [0.3, 0.0]]
+    shares[0] = 1 - shares[1]
+    assert expected_dice(shares) == pytest.approx(2 * 1.5 / (1.8 + 2))
+    assert expected_dice(np.stack([np.full((2, 2), 0.8), np.full((2, 2), 0.2)])) == pytest.approx(0.8)
+
+
+def test_changes_keep_image_features_and_classes_together():
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(0, 1, 32).expand(4, 1, 32, 32).clone()
+    classes = torch.cat([1 - ramp, ramp], 1)
+    _, features, warped = augment(ramp.expand(4, 3, 32, 32), ramp, classes, generator)
+    torch.testing.assert_close(warped.sum(1), torch.ones(4, 32, 32))
+    agree = [np.corrcoef(f.flatten(), w.flatten())[0, 1] for f, w in zip(features[:, 0], warped[:, 1], strict=True)]
+    assert sum(a > 0.8 for a in agree if np.isfinite(a)) >= 3
+
+
+def test_components_have_a_deviation_of_one(inferer):
+    readings = [read_encoded(inferer, inferer.encode(scene(seed)[0])) for seed in (0, 1)]
+    components = find_components(readings, 4)
+    maps = torch.stack([components(r) for r in readings])
+    torch.testing.assert_close(maps.std((0, 2, 3)), torch.ones(4), atol=0.15, rtol=0)
+
+
+def test_an_exemplar_needs_no_fitting(embedded_backbone):
+    inferer = AttentionSegmentationInferer(embedded_backbone, resolution=128)
+    image, label = scene(0)
+    exemplar = Exemplar(Case(image, label), inferer, LABELS)
+    other, truth = scene(3)
+    found = exemplar.predict(other)
+    for value in (1, 3):
+        mask = found.label_map == value
+        assert 2 * np.count_nonzero(mask & (truth == value)) / (mask.sum() + (truth == value).sum()) > 0.5
+    assert exemplar.describe() == {"labels": LABELS}
+    with pytest.raises(ZeroSegError, match="empty"):
+        Exemplar(Case(image, 0 * label), inferer, LABELS)
+
+
+def test_the_folder_of_a_head_names_no_folder_of_this_machine(head, tmp_path):
+    head.save(tmp_path)
+    assert (
+        str(Path.home()) not in (tmp_path / "config.json").read_text()
+        and str(tmp_path) not in (tmp_path / "config.json").read_text()
+    )
