@@ -23,6 +23,7 @@ from processes import running
 from zeroseg.cli.parser import guarded
 from zeroseg.cli.serve import free, free_port
 from zeroseg.errors import ZeroSegError
+from zeroseg.signals import sigterm_like_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +53,7 @@ def run(port: int, folder: Path, options: list[str]) -> int:
         raise ZeroSegError(f"port {port} is taken: choose another one, make ohif PORT=8001")
     port = port or free_port("127.0.0.1")
     folder.mkdir(parents=True, exist_ok=True)
-    with orthanc(folder) as store, tempfile.TemporaryDirectory() as scratch:
+    with sigterm_like_ctrl_c(), orthanc(folder) as store, tempfile.TemporaryDirectory() as scratch:
         studies = sample_studies(Path(scratch))
         for study in studies:
             store.push(study.folder)
@@ -70,10 +71,7 @@ def run(port: int, folder: Path, options: list[str]) -> int:
         with running(command, folder / "server.log", f"{address}/info/", patience=300) as server:
             print(f"open  {address}/ohif/monai-label?StudyInstanceUIDs={studies[0].study}")
             print("      the refresh button of the panel MONAI Label connects; other studies: /ohif/", flush=True)
-            try:
-                return server.wait()
-            except KeyboardInterrupt:
-                return 0
+            return server.wait()
 
 
 def sample_studies(folder: Path) -> list[Series]:

@@ -30,6 +30,8 @@ ARTIFACTS = ROOT / "out" / "test-artifacts"
 WORDS = ("kidneys", "spine", "aorta", "body", "abdomen")
 """What the drawn abdomen holds; which of them the model recognises is the model's affair."""
 SLICE, CERTAINTY = 0, 0.5
+FIRST, SECOND = 2, 3
+"""Values of segment_01 and segment_02 in the page, which numbers all labels by name: object comes before them."""
 VENTRICLE, PUTAMEN = [15, 25, 12], [5, 20, 12]
 """Voxels of the brain MR, placed by eye."""
 
@@ -182,8 +184,8 @@ def test_a_click_on_the_picture_draws_the_object_under_it(visit):
     assert step["status"] == 200 and labels.shape == visit.ct.volume.shape
     np.testing.assert_allclose(affine, visit.ct.affine, atol=1e-3)  # so that voxels can be compared
     assert np.abs(np.subtract(step["params"]["foreground"], visit.ct.click)).max() <= 1
-    assert set(np.unique(labels)) == {0, 2}  # the label that was picked
-    assert dice(labels == 2, visit.ct.object) > 0.7
+    assert set(np.unique(labels)) == {0, SECOND}  # the label that was picked
+    assert dice(labels == SECOND, visit.ct.object) > 0.7
     assert all(step["coloured"][name] > 100 for name in ("mpr-axial", "mpr-sagittal", "mpr-coronal")), step["coloured"]
 
 
@@ -242,10 +244,10 @@ def test_clicks_for_two_labels_stay_side_by_side_on_an_mr(visit):
     first, affine = labels_of(visit.step("mr", "ventricle"))
     both, _ = labels_of(visit.step("mr", "putamen"))
     np.testing.assert_allclose(affine, visit.mr.affine, atol=1e-3)
-    assert first[tuple(VENTRICLE)] == 1 and both[tuple(PUTAMEN)] == 2
-    assert np.array_equal(both == 1, (first == 1) & (both != 2))
+    assert first[tuple(VENTRICLE)] == FIRST and both[tuple(PUTAMEN)] == SECOND
+    assert np.array_equal(both == FIRST, (first == FIRST) & (both != SECOND))
     k = VENTRICLE[2]
-    brain, ventricle, putamen = (visit.mr.volume[..., k][both[..., k] == label].mean() for label in (0, 1, 2))
+    brain, ventricle, putamen = (visit.mr.volume[..., k][both[..., k] == label].mean() for label in (0, FIRST, SECOND))
     assert ventricle < putamen < brain  # dark fluid, gray matter, and mostly white matter around
 
 

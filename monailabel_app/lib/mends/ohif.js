@@ -67,6 +67,7 @@ const zerosegWatchTraining = async () => {
   const panel = zerosegComponent(document.querySelector('.monaiLabelPanel'), 'onInfo');
   if (panel) {
     await panel.onInfo(panel.serverURI);
+    await new Promise(resolve => setTimeout(resolve));
     zerosegAddSegments(panel);
   }
   if (task.status === 'DONE') zerosegShow('the model was updated: task learned', '#1f5c2e');
