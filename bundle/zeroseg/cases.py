@@ -355,22 +355,35 @@ class CaseRunner:
         mask = write_mask(image, result.labels, output / f"{case.stem}_seg{image.suffix}")
         confidence = write_confidence(image, result.confidence, output / f"{case.stem}_confidence{image.suffix}")
         title = f"absent: {result.name or ''}" if result.absent else None
+        named = {value: name for name, value in result.details.get("labels", {}).items()}
         if image.is_volume:
             picture = overlay_slices(
-                unit, result.labels, axis=getattr(self.inferer, "slice_axis", -1) % 3, affine=image.affine, title=title
+                unit,
+                result.labels,
+                axis=getattr(self.inferer, "slice_axis", -1) % 3,
+                affine=image.affine,
+                title=title,
+                legend=named,
             )
         else:
             kinds = prompt.get("labels")
             picture = draw_overlay(
-                unit, result.labels, prompt.get("points"), prompt.get("box"), title=title, point_labels=kinds
+                unit,
+                result.labels,
+                prompt.get("points"),
+                prompt.get("box"),
+                title=title,
+                point_labels=kinds,
+                legend=named,
             )
         overlay = output / f"{case.stem}_overlay.png"
         with atomic_path(overlay) as part:
             picture.save(part, format="PNG")
         files, notes = [mask.name, confidence.name, overlay.name], []
         if self.dicom_seg and case.kind.startswith("dicom"):
-            named = {value: name for name, value in result.details.get("labels", {}).items()}
-            names = named or {1: result.name or "object"} if result.rule != "segments" else None
+            usual = None if result.rule == "segments" else {1: result.name or "object"}
+            # DICOM allows a name 64 characters.
+            names = {value: name[:64] for value, name in named.items()} or usual
             try:
                 written = write_dicom_seg(
                     image,

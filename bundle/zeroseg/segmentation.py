@@ -12,10 +12,10 @@ class Segmentation:
     """A label map with the evidence a reader needs to trust or reject it.
 
     Attributes:
-        labels: (H, W) or (X, Y, Z) uint8. Rule ``segments``: every pixel carries its segment 1..K, 1 ranked first; rules
-            ``learned`` and ``exemplar``: the values of their labels; every other rule: 1 is the object, 0 the rest.
+        labels: (H, W) or (X, Y, Z) uint8. Rule ``segments``: every pixel carries its segment 1..K, 1 ranked first; named by N
+            nouns, the k-th noun is k in every image, and segments that no noun fits carry N+1..K; rules ``learned`` and ``exemplar``: the values of their labels; every other rule: 1 is the object, 0 the rest.
         confidence: float32 of the same shape, in [0, 1]: how far the label given to a pixel beats the runner-up.
-        scores: one number in [0, 1] per label 1..K: mean confidence over the pixels of that label.
+        scores: one number in [0, 1] per label 1..K: mean confidence over the pixels of that label, 0 where it has none.
         rule: what chose the mask: segments, auto, points, box, text, tumor, learned or exemplar.
         absent: True when the prompt's object was judged not to be in the image; ``labels`` is then all zero.
         seconds: seconds spent per stage (encode, merge, select, refine).

@@ -200,10 +200,10 @@ def test_segments_keep_their_label_through_the_slices():
 
 def test_text_is_absent_only_if_no_slice_has_it():
     inferer = Threshold()
-    present = inferer.segment(ball()[None].astype(np.float32), text="ball")
+    present = inferer.segment(ball()[None].astype(np.float32), text="polyp")
     assert not present.absent and np.array_equal(present.labels.astype(bool), ball())
     assert [s["index"] for s in present.details["slices"]] == list(range(SHAPE[2]))
-    absent = inferer.segment(np.zeros((1, *SHAPE), np.float32), text="ball")
+    absent = inferer.segment(np.zeros((1, *SHAPE), np.float32), text="polyp")
     assert absent.absent and not absent.labels.any() and absent.scores == []
 
 

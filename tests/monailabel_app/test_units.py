@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import copy_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ pytest.importorskip("monailabel")
 import dicom_studies
 from dicom_studies import oblique
 from lib import rtstruct
+from lib.configs import tasks
 from lib.datastore import FolderDatastore, write_twin
 from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write
@@ -65,6 +67,24 @@ def test_the_largest_labels_are_kept_and_numbered_without_a_gap():
     assert keep_largest(labels, 3) == 1
     assert labels.tolist() == [0] * 9 + [1] * 3 + [0] + [2] * 6 + [3] * 4
     assert keep_largest(np.zeros((3, 3), np.uint8), 3) == 0
+
+
+def test_named_segments_keep_their_names_when_they_are_numbered_without_a_gap():
+    labels = np.repeat(np.array([2, 3, 5], np.uint8), [9, 8, 1]).reshape(3, 6)
+    details = {"labels": {"lung": 2}, "nouns": [{"noun": "cell", "label": 1}, {"noun": "lung", "label": 2}]}
+    scores = [0.0, 0.2, 0.3, 0.0, 0.5]
+    found = Segmentation(labels, np.ones((3, 6), np.float32), scores, "segments", details=details)
+    asked = []
+    engine = SimpleNamespace(segment=lambda *args, **prompt: asked.append(prompt) or found)
+    task = tasks.segments(engine)
+    result = task.segment(
+        SimpleNamespace(image=SimpleNamespace(is_volume=False)), task.options({"text": " cell, lung "})
+    )
+    assert asked == [{"text": "cell, lung"}]
+    assert task.label_names(result, {}) == {"lung": 1, "segment_02": 2, "segment_03": 3}
+    assert result.scores == [0.2, 0.3, 0.5] and [n["label"] for n in result.details["nouns"]] == [None, 1]
+    with pytest.raises(ZeroSegError, match="choose select segments"):
+        task.segment(None, task.options({"text": "cell", "select": "auto"}))
 
 
 def test_the_cache_forgets_the_least_recently_used_and_keeps_its_limit():

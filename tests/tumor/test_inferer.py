@@ -125,6 +125,14 @@ def test_words_the_encoder_does_not_know_find_nothing(make, volume):
     assert half.notes == ["the text encoder does not know: bicycle"]
 
 
+def test_a_word_the_embedded_encoder_lacks_is_taken_for_one_it_has(make):
+    inferer = TumorSegmentationInferer(text_encoder=TextEncoder(device="cpu"))
+    assert inferer._meaning("hepatoma").text == "liver tumour" and inferer._meaning("metastases").text == "tumour"
+    for words in ("liver cyst", "purple bicycle", "pneumonia"):
+        assert inferer._meaning(words).text == words, "known, nowhere known, or known to the 2-D model only"
+    assert make()._meaning("hepatoma").text == "hepatoma", "another encoder gets the words as typed"
+
+
 def test_other_reasons_for_absent(make, volume):
     def reason(**options):
         result = make(**options).segment(volume, affine=AFFINE, modality="ct")

@@ -7,6 +7,8 @@
     zeroseg segment cell.png --output-dir OUT --scribbles strokes.png  pixels 1 on the object, 2 on the background
     zeroseg segment cell.png --output-dir OUT --mask draft.png --points 60,60 --labels 0    a draft, corrected
     zeroseg segment IMAGES --output-dir OUT --text "skin lesion"
+    zeroseg segment IMAGES --output-dir OUT --select segments --text "white blood cell, red blood cells, background"
+                                                                       all segments, the k-th noun being label k
     zeroseg segment IMAGES --output-dir OUT --prompts prompts.json
     zeroseg segment IMAGES --output-dir OUT --learned HEAD             what zeroseg learn has learned from your masks
     zeroseg segment IMAGES --output-dir OUT --exemplar a.png,a_mask.png    like in this image, without learning
@@ -48,13 +50,17 @@ def add_arguments(parser: Parser) -> None:
         choices=[1, 2, 3],
         help="which of the nested answers, smallest first (default: the best)",
     )
-    prompt.add_argument("--text", help="words for what is meant, in every image without a prompt of its own")
+    prompt.add_argument(
+        "--text",
+        help="words for what is meant, in every image without a prompt of its own; with --select segments: nouns, with commas between, to name them by",
+    )
     prompt.add_argument("--prompts", help="prompts.json: prompts by case")
     prompt.add_argument("--learned", metavar="FOLDER", help="that zeroseg learn wrote: its labels, in every image")
     prompt.add_argument("--exemplar", metavar="IMAGE,MASK", help="one labelled image: its labels, in every image")
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=["diffseg"], help="DiffSeg as it was published; options beside it stay")
     how.add_argument("--condition", help="words the model is told while it reads the images")
+    how.add_argument("--vocabulary", metavar="FILE", help="own synonyms for what the embedded backbone knows")
     how.add_argument("--affinity", choices=["attention", "features", "both"], help="default attention")
     how.add_argument("--thresholds", help="DiffSeg's KL thresholds, such as 1,1,1 (default auto: found per image)")
     how.add_argument("--max-segments", type=int, help="most segments that auto thresholds leave")
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     settings |= given(args, "backbone", "revision", "variant", "device", "dtype")
     if args.condition is not None:
         settings["condition"] = words(args.condition)
+    if args.vocabulary is not None:
+        settings["vocabulary"] = words(args.vocabulary)
     if args.thresholds is not None:
         settings["thresholds"] = "auto" if args.thresholds == "auto" else numbers(args.thresholds, "--thresholds")
     window = None if args.window is None else numbers(args.window, "--window", 2)

@@ -22,12 +22,15 @@ from zeroseg.attention.features import feature_affinity
 from zeroseg.attention.merge import merge_attention, merge_to
 from zeroseg.attention.prepare import prepare
 from zeroseg.backbones import StableDiffusionBackbone
+from zeroseg.backbones.weights import EMBEDDED
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
+from zeroseg.interaction.naming import BACKGROUND, Naming, name_segments
 from zeroseg.interaction.promptable import answer_by_head
 from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, contradicts
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
+from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
 from zeroseg.interaction.volume import segment_volume
 from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
 from zeroseg.segmentation import Segmentation
@@ -106,6 +109,10 @@ class AttentionSegmentationInferer(Inferer):
         self._settings.check()
         self.backbone.load()
         self.backbone.check_timestep(self.timestep)
+        if self.vocabulary is not None:
+            if self.backbone.source != EMBEDDED:
+                raise ZeroSegError("a vocabulary goes with the embedded backbone only: others know words themselves")
+            read_vocabulary(self.vocabulary)
         self._settings.check_sizes(self.backbone.size_multiple)
         self._checked = True
 
@@ -181,7 +188,8 @@ class AttentionSegmentationInferer(Inferer):
             points: (x, y) = (column, row) of clicks, in pixels of the original image, in the order they were made.
             labels: 1 (object) or 0 (not the object) per click; all 1 by default.
             box: (x0, y0, x1, y1), corners inside the image; with points it bounds the mask.
-            text: the words to look for.
+            text: the words to look for. Rule ``segments``: nouns with commas between, to name the segments by; the k-th noun is
+                label k, and segments that no noun fits keep labels of their own after those.
             scribbles: (H, W) integers, 1 object, 2 background, 0 neither.
             mask: (H, W) bool, an answer to be corrected by clicks and scribbles.
             candidate: 1..3, which of several nested answers.
@@ -219,23 +227,57 @@ class AttentionSegmentationInferer(Inferer):
             frame = rules.border_tokens(encoded.side).to(proposals.device)
             unlike_frame = rules.frame_relevance(encoded.distance, frame)
             owner = posterior.argmax(0)
+        naming = self._name_segments(encoded, prompts.nouns, owner, len(proposals), seconds) if prompts.nouns else None
         with timed(seconds, "refine"):
             posterior = encoded.upsample(posterior, self.refine).clamp(0, 1)
+            if naming is not None:
+                # What has one name is one object: its segments do not compete.
+                posterior = posterior.new_zeros(naming.groups, *posterior.shape[1:]).index_add(
+                    0, naming.group.to(posterior.device), posterior
+                )
             top = posterior.topk(min(2, len(posterior)), dim=0)
             labels = top.indices[0].cpu().numpy()
             margin = top.values[0] - (top.values[1] if len(posterior) > 1 else 0)
             confidence = margin.clamp(0, 1).cpu().numpy()
-        present = [k for k in range(len(proposals)) if (labels == k).any()]
-        objectness = {k: float(unlike_frame[owner == k].mean()) if (owner == k).any() else 0.0 for k in present}
-        ranked = sorted(present, key=lambda k: -objectness[k])[:255]
-        table = np.zeros(len(proposals), np.uint8)
-        table[ranked] = np.arange(1, len(ranked) + 1)
+        named = naming.named if naming is not None else 0
+        group = naming.group.to(owner.device)[owner] if naming is not None else owner
+        present = [k for k in range(named, len(posterior)) if (labels == k).any()]
+        objectness = {k: float(unlike_frame[group == k].mean()) if (group == k).any() else 0.0 for k in present}
+        ranked = sorted(present, key=lambda k: -objectness[k])[: 255 - named]
+        table = np.zeros(len(posterior), np.uint8)
+        table[:named] = np.arange(1, named + 1)
+        table[ranked] = np.arange(named + 1, named + len(ranked) + 1)
+        labels = table[labels]
         details = {
-            "segments": len(ranked),
+            "segments": len(np.unique(labels[labels > 0])),
             "objectness": [round(objectness[k], 4) for k in ranked],
             "thresholds": [float(f"{t:.4g}") for t in thresholds],
         }
-        return self._finish(encoded, table[labels], confidence, prompts, seconds, details)
+        if naming is not None:
+            details |= naming.describe(labels)
+        result = self._finish(encoded, labels, confidence, prompts, seconds, details)
+        if naming is not None:
+            result.notes += naming.notes
+        return result
+
+    def _name_segments(
+        self, encoded: EncodedImage, nouns: tuple[str, ...], owner: Tensor, count: int, seconds: dict[str, float]
+    ) -> Naming:
+        """Names for the segments whose tokens are ``owner``, by the evidence for each noun that is present."""
+        # "background" is no evidence of its own: it names what no other noun fits.
+        plain = [noun.casefold() == BACKGROUND for noun in nouns]
+        meanings = [Meaning(noun) if p else self.meaning(noun) for noun, p in zip(nouns, plain, strict=True)]
+        first: dict[str, str] = {}
+        for noun, meaning in zip(nouns, meanings, strict=True):
+            if meaning.text is not None and first.setdefault(meaning.text.casefold(), noun) != noun:
+                other = first[meaning.text.casefold()]
+                raise ZeroSegError(f"{other!r} and {noun!r} are both taken for {meaning.text!r}: give one of them")
+        with timed(seconds, "text"):
+            evidence = [
+                None if m.text is None or p else self._probe(encoded)(m.text)
+                for m, p in zip(meanings, plain, strict=True)
+            ]
+        return name_segments(nouns, meanings, evidence, owner, count, self.text_certainty)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
         if self.refiner == "rules" and prompts.mask is None and not prompts.shows_object:
@@ -269,25 +311,43 @@ class AttentionSegmentationInferer(Inferer):
                 relevance = rules.frame_relevance(encoded.distance, frame.to(encoded.attention.device))
         return self._split(encoded, relevance, prompts, seconds, inside_box(encoded, corners), {})
 
-    def _text(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+    def meaning(self, text: str) -> Meaning:
+        """What the backbone is told for a prompt: words the embedded one was trained with, any other one the prompt itself."""
+        return read_vocabulary(self.vocabulary).look_up(text) if self.backbone.source == EMBEDDED else Meaning(text)
+
+    def _probe(self, encoded: EncodedImage) -> TextProbe:
         def probe() -> TextProbe:
             latents = self._text_latents(encoded)
             return TextProbe(self.backbone, latents, encoded.attention, timestep=self.timestep, seed=self.seed)
 
+        return encoded.keep("probe", (self.text_resolution, self.timestep, self.seed), probe)
+
+    def _text(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
+        assert prompts.text is not None
+        meaning = self.meaning(prompts.text)
+        if meaning.text is None:
+            return unknown_words(prompts, meaning, seconds)
         with timed(seconds, "text"):
-            key = self.text_resolution, self.timestep, self.seed
-            evidence = encoded.keep("probe", key, probe)(prompts.text)
-        details = {"text": prompts.text, "gain": round(evidence.gain, 6), "certainty": round(evidence.certainty, 3)}
+            evidence = self._probe(encoded)(meaning.text)
+        details = {
+            "text": prompts.text,
+            **meaning.describe(),
+            "gain": round(evidence.gain, 6),
+            "certainty": round(evidence.certainty, 3),
+        }
         if evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)
             # Of a normal deviate.
             sure = math.erf((self.text_certainty - evidence.certainty) / math.sqrt(2))
             confidence = np.full(encoded.size, sure, np.float32)
             reason = "the words explain the image no better than no words do"
-            return Segmentation(empty, confidence, [], "text", True, seconds, details, prompts.text, reason)
+            notes = meaning.notes(prompts.text)
+            return Segmentation(empty, confidence, [], "text", True, seconds, details, prompts.text, reason, notes)
         with timed(seconds, "select"):
             relevance = evidence.relevance + SALIENCE * standardise(encoded.salience)
-        return self._split(encoded, relevance, prompts, seconds, None, details)
+        result = self._split(encoded, relevance, prompts, seconds, None, details)
+        result.notes += meaning.notes(prompts.text)
+        return result
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
         """Latents of the image at ``text_resolution``."""
@@ -312,7 +372,11 @@ class AttentionSegmentationInferer(Inferer):
             full = torch.from_numpy(np.stack([labels.astype(np.float32), confidence]))[:, None]
             labels = F.interpolate(full[:1], encoded.size, mode="nearest-exact")[0, 0].numpy().astype(np.uint8)
             confidence = F.interpolate(full[1:], encoded.size, mode="bilinear")[0, 0].numpy()
-        scores = [float(confidence[labels == k].mean()) for k in range(1, int(labels.max()) + 1)]
+        # A noun that names nothing has a label without a pixel.
+        scores = [
+            float(confidence[labels == k].mean()) if (labels == k).any() else 0.0
+            for k in range(1, int(labels.max()) + 1)
+        ]
         confidence = confidence.astype(np.float32)
         return Segmentation(labels, confidence, scores, prompts.rule, False, seconds, details, prompts.text)
 
@@ -368,11 +432,14 @@ class AttentionSegmentationInferer(Inferer):
             return self.predict(self.encode_prepared(image) if prepared else self.encode(image), select, **prompt)
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
+        prompts = check_prompts(image.shape[1:], select or self.select, **prompt)
+        if prompts.rule == "text" and self.meaning(str(prompts.text)).text is None:
+            # No slice needs to be read for that.
+            return unknown_words(prompts, self.meaning(str(prompts.text)), {})
         single = image.shape[1 + self.slice_axis % 3] == 1
-        if not single and self.refiner == "head":
-            prompts = check_prompts(image.shape[1:], select or self.select, **prompt)
-            if prompts.rule == "points" or (prompts.rule == "box" and prompts.box is not None):
-                return self._clicked_volume(image, prompts, prepared, affine)
+        clicked = prompts.rule == "points" or (prompts.rule == "box" and prompts.box is not None)
+        if clicked and not single and self.refiner == "head":
+            return self._clicked_volume(image, prompts, prepared, affine)
         # The head for images has not learned how an object goes on from slice to slice.
         return segment_volume(
             self if single else self.replace(refiner="rules"), image, select, prepared=prepared, **prompt
@@ -435,3 +502,10 @@ class AttentionSegmentationInferer(Inferer):
 
             labels = convert_to_dst_type(labels, inputs, dtype=torch.uint8)[0]
         return labels
+
+
+def unknown_words(prompts: Prompts, meaning: Meaning, seconds: dict[str, float]) -> Segmentation:
+    """The answer "absent" to words the backbone was never told, with the nearest it was."""
+    empty, sure = np.zeros(prompts.shape, np.uint8), np.zeros(prompts.shape, np.float32)
+    details = {"text": prompts.text, **meaning.describe()}
+    return Segmentation(empty, sure, [], "text", True, seconds, details, prompts.text, meaning.reason)

@@ -18,6 +18,8 @@ DRAWN = ("scribbles", "mask")
 PROMPT_KEYS = ("select", "points", "labels", "box", "text", *DRAWN, "candidate")
 """Arguments of ``check_prompts`` that a prompts file may hold."""
 CANDIDATES = (1, 2, 3)
+MOST_NOUNS = 32
+"""Each noun takes the backbone about ten passes an image."""
 LARGEST = 2**53
 """Beyond it float64 tells whole numbers no longer apart; no image has as many pixels."""
 
@@ -36,6 +38,7 @@ class Prompts:
         scribbles: uint8 of ``shape``: 1 object, 2 background, 0 neither; or None.
         mask: bool of ``shape``, the answer to be corrected, or None.
         candidate: which of several nested answers, 1..3, or None for the best one.
+        nouns: rule segments: what to name them by, in the order given; empty where they stay without names.
     """
 
     rule: str
@@ -47,6 +50,7 @@ class Prompts:
     scribbles: np.ndarray | None = None
     mask: np.ndarray | None = None
     candidate: int | None = None
+    nouns: tuple[str, ...] = ()
 
     @property
     def shows_object(self) -> bool:
@@ -73,7 +77,7 @@ def check_prompts(
         points: sequence of (x, y) or (x, y, z).
         labels: sequence of 0 and 1, one per click; None: all 1.
         box: four or six numbers, low corner first, both corners inside.
-        text: the words.
+        text: the words; rule segments: nouns with commas between.
         scribbles: integers of ``shape``: 1 object, 2 background, 0 neither.
         mask: bool, or 0 and 1, of ``shape``.
         candidate: 1, 2 or 3.
@@ -96,7 +100,10 @@ def check_prompts(
     ):
         raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
     words = check_text(text) if rule == "text" else None
-    return Prompts(rule, shape, tuple(clicks), tuple(kinds), corners, words, strokes, start, _candidate(candidate))
+    nouns = check_nouns(text) if rule == "segments" and text is not None else ()
+    return Prompts(
+        rule, shape, tuple(clicks), tuple(kinds), corners, words, strokes, start, _candidate(candidate), nouns
+    )
 
 
 def contradicts(prompts: Prompts) -> bool:
@@ -190,6 +197,25 @@ def check_text(text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ZeroSegError(f"the text prompt must be words, not {_short(text)}")
     return text.strip()
+
+
+def check_nouns(text: Any) -> tuple[str, ...]:
+    """The nouns of a list with commas between, without surrounding blanks.
+
+    Raises:
+        ZeroSegError: it is no text, or a noun is blank or stands twice, or there are more than ``MOST_NOUNS``.
+    """
+    nouns = [noun.strip() for noun in check_text(text).split(",")]
+    if not all(nouns):
+        raise ZeroSegError(f"the list of nouns has an empty one: write nouns with commas between, not {_short(text)}")
+    if len(nouns) > MOST_NOUNS:
+        raise ZeroSegError(f"segments are named by at most {MOST_NOUNS} nouns, not {len(nouns)}")
+    seen: set[str] = set()
+    for noun in nouns:
+        if noun.casefold() in seen:
+            raise ZeroSegError(f"the list of nouns has {_short(noun)} twice: give each noun once")
+        seen.add(noun.casefold())
+    return tuple(nouns)
 
 
 def _scribbles(scribbles: Any, shape: tuple[int, ...]) -> np.ndarray | None:

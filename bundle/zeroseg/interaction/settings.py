@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zeroseg.errors import ZeroSegError
@@ -97,6 +98,8 @@ class Settings:
         refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
         refiner: what answers clicks: ``rules``, see ``clicks``, or ``head``, a trained one.
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
+        vocabulary: file with terms of one's own for what the embedded backbone knows, see ``vocabulary.read_vocabulary``; they
+            come before those shipped. None: those shipped. Any other backbone gets words as they are typed.
         condition: words the UNet is told while it reads the image (the text guidance of Beyond Labels, arXiv 2504.17628);
             None: the empty prompt, as DiffSeg.
         text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
@@ -127,6 +130,7 @@ class Settings:
         None, ANSWER, "a positive multiple of {step} pixels for this backbone", _optional_side
     )
     text_certainty: float = _setting(TEXT_CERTAINTY, ANSWER, "a number", _is_number)
+    vocabulary: str | None = _setting(None, ANSWER, "the path of a text file, or null", _are_words)
     condition: str | None = _setting(None, ENCODING, "words, or null", _are_words)
     working_size: int = _setting(1024, ENCODING, "a positive number of pixels", _whole(1))
     progress: bool = _setting(False, ANSWER, "true or false", lambda v: isinstance(v, (bool, int)))
@@ -171,9 +175,13 @@ class Settings:
         )
 
     def record(self) -> dict[str, Any]:
-        """Every setting that shapes results, as JSON-serialisable values, for the manifest."""
+        """Every setting that shapes results, as JSON-serialisable values, for the manifest; of a file its name."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: list(value)
+            if isinstance(value, tuple)
+            else Path(value).name
+            if name == "vocabulary" and value
+            else value
             for name, _, value in self._each()
             if name != "progress"
         }

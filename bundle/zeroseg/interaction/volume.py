@@ -61,7 +61,8 @@ def segment_volume(
         # (row, column) order of the slice.
         flat = [v for i, v in enumerate(prompts.box) if i % 3 != axis]
         return walk.each(range(low, high + 1), "box", box=[flat[1], flat[0], flat[3], flat[2]])
-    return walk.each(range(walk.count), prompts.rule, **({"text": prompts.text} if prompts.rule == "text" else {}))
+    text = prompts.text if prompts.rule == "text" else ", ".join(prompts.nouns) or None
+    return walk.each(range(walk.count), prompts.rule, len(prompts.nouns), **({} if text is None else {"text": text}))
 
 
 class _Walk:
@@ -77,23 +78,33 @@ class _Walk:
         self.confidence = np.ones(self.shape, np.float32)
         self.seconds: dict[str, float] = {}
 
-    def each(self, indices: range, rule: str, **prompt) -> Segmentation:
-        """Apply a rule to every slice of a range; what lies outside is background."""
+    def each(self, indices: range, rule: str, named: int = 0, **prompt) -> Segmentation:
+        """Apply a rule to every slice of a range; what lies outside is background. Labels up to ``named`` have names, which mean
+        one thing in all slices."""
         results = {}
         for k in tqdm(indices, desc="slices", leave=False, disable=not self.inferer.progress):
             results[k] = self._collect(self.inferer.predict(self._encode(k), rule, **prompt))
         if rule == "segments":
-            for k, linked in zip(indices, link_slices([results[k].labels for k in indices]), strict=True):
-                self.labels[k] = linked
+            nameless = [np.where(results[k].labels > named, results[k].labels, 0) for k in indices]
+            for k, linked in zip(indices, link_slices(nameless), strict=True):
+                after = np.where((linked > 0) & (linked <= 255 - named), linked + np.uint8(named), 0)
+                self.labels[k] = np.where(results[k].labels > named, after, results[k].labels)
         else:
             for k, result in results.items():
                 self.labels[k] = result.labels
         for k, result in results.items():
             self.confidence[k] = result.confidence
         absent = rule == "text" and all(r.absent for r in results.values())
-        details = {"slices": [{"index": k, **r.details} for k, r in results.items()]} if rule == "text" else {}
+        told = rule == "text" or named
+        details: dict = {"slices": [{"index": k, **r.details} for k, r in results.items()]} if told else {}
+        if named:
+            labels = {name: value for r in results.values() for name, value in r.details["labels"].items()}
+            details["labels"] = dict(sorted(labels.items(), key=lambda item: item[1]))
         reason = "no slice shows it" if absent else None
-        return self._result(rule, absent, details, prompt.get("text"), reason)
+        result = self._result(rule, absent, details, prompt.get("text") if rule == "text" else None, reason)
+        # What a prompt was taken for is said of every slice.
+        result.notes += dict.fromkeys(note for r in results.values() for note in r.notes if told)
+        return result
 
     def follow(self, prompts: Prompts) -> Segmentation:
         """Segment each slice that was clicked, scribbled on or is part of the mask given, then follow its object both ways

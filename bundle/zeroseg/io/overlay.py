@@ -7,7 +7,7 @@ import html
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -35,6 +35,7 @@ def draw_overlay(
     box: Sequence[float] | None = None,
     title: str | None = None,
     point_labels: Sequence[int] | None = None,
+    legend: Mapping[int, str] | None = None,
 ) -> PILImage.Image:
     """Draw the labels' contours and the prompts on an image.
 
@@ -48,6 +49,7 @@ def draw_overlay(
         box: (x0, y0, x1, y1) in pixels of the image.
         title: a line written above the image.
         point_labels: 1 (positive) or 0 (negative) per point; all positive if not given.
+        legend: label -> its name, written above the image beside its colour.
 
     Returns:
         An RGB picture.
@@ -62,6 +64,7 @@ def draw_overlay(
     size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
     picture = _contours(image01, labels, size)
     _draw_prompts(picture, (size[0] / width, size[1] / height), points, box, point_labels)
+    picture = _with_legend(picture, legend) if legend else picture
     return _titled(picture, title) if title else picture
 
 
@@ -124,12 +127,40 @@ def _titled(picture: PILImage.Image, title: str) -> PILImage.Image:
     return sheet
 
 
+def _with_legend(picture: PILImage.Image, legend: Mapping[int, str]) -> PILImage.Image:
+    """The picture below the names of its labels, each after a square of its colour, in as many lines as they take."""
+    font, left, gap = ImageFont.load_default(15), 22, 12
+    lines: list[list[tuple[int, int, str]]] = [[]]
+    x = 4
+    for label, name in sorted(legend.items()):
+        name = " ".join(name.split())[: picture.width // 2]
+        while len(name) > 1 and left + font.getlength(name) > picture.width - 8:
+            name = name[:-2].rstrip("…") + "…"
+        width = left + math.ceil(font.getlength(name)) + gap
+        if lines[-1] and x + width > picture.width:
+            lines.append([])
+            x = 4
+        lines[-1].append((label, x, name))
+        x += width
+    sheet = PILImage.new("RGB", (picture.width, picture.height + _TITLE_HEIGHT * len(lines)), "white")
+    sheet.paste(picture, (0, _TITLE_HEIGHT * len(lines)))
+    draw = ImageDraw.Draw(sheet)
+    for row, entries in enumerate(lines):
+        top = row * _TITLE_HEIGHT
+        for label, at, name in entries:
+            colour = tuple(int(v) for v in _COLORS[(label - 1) % len(_COLORS)])
+            draw.rectangle((at, top + 5, at + 14, top + 19), fill=colour, outline="black")
+            draw.text((at + left, top + 3), name, fill="black", font=font)
+    return sheet
+
+
 def overlay_slices(
     volume01: np.ndarray,
     labels: np.ndarray,
     axis: int = 2,
     affine: np.ndarray | None = None,
     title: str | None = None,
+    legend: Mapping[int, str] | None = None,
 ) -> PILImage.Image:
     """Up to nine slices through the objects of a volume, contours drawn, as one picture.
 
@@ -144,6 +175,7 @@ def overlay_slices(
         axis: 0, 1 or 2: the voxel axis across the slices.
         affine: (4, 4) voxel index -> RAS mm.
         title: a line written above the picture.
+        legend: label -> its name, written above the picture beside its colour.
 
     Returns:
         An RGB picture; each slice carries its index along ``axis`` in the input's voxel order.
@@ -185,6 +217,7 @@ def overlay_slices(
             gray, mask = gray[:, :, ::-1], mask[:, ::-1]
         tiles.append((f"{'xyz'[axis]} = {k}", _contours(gray, mask, (width, height))))
     sheet = _grid(tiles, columns=math.ceil(math.sqrt(len(tiles))))
+    sheet = _with_legend(sheet, legend) if legend else sheet
     return _titled(sheet, title) if title else sheet
 
 

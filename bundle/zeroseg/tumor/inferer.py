@@ -22,6 +22,7 @@ from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import EMBEDDED
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.prompts import Prompts, check_prompts
+from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
 from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
@@ -407,7 +408,9 @@ class TumorSegmentationInferer(Inferer):
         """
         self.check()
         shown = self._shown(encoded, points, labels, box)
-        organ, tumor = self._words(organ, tumor)
+        organ, said = self._words(organ, tumor)
+        meaning = self._meaning(said)
+        tumor = str(meaning.text)
         prepared, seconds = encoded.prepared, dict(encoded.seconds)
         weights = self._fusion_weights(prepared.modality)
         stages = self._stages_that_count(weights)
@@ -437,7 +440,8 @@ class TumorSegmentationInferer(Inferer):
         unheard = [f"the text encoder does not know: {', '.join(unknown)}"] if unknown else []
         details = {
             "organ": organ,
-            "tumor": tumor,
+            "tumor": said,
+            **meaning.describe(),
             "modality": prepared.modality,
             "prompts": [list(pair) for pair in prompt_set(organ, tumor, prepared.modality)],
             "image_probability": round(sigmoid(image_logit), 4),
@@ -450,7 +454,13 @@ class TumorSegmentationInferer(Inferer):
             "working_shape": list(prepared.volume.shape[2:]),
             "working_spacing_mm": [round(s, 3) for s in prepared.spacing],
         }
-        notes = [*prepared.notes, *filter(None, [organ_note(organ)]), *unheard, *self._doubts(prepared, stages)]
+        notes = [
+            *prepared.notes,
+            *filter(None, [organ_note(organ)]),
+            *meaning.notes(said),
+            *unheard,
+            *self._doubts(prepared, stages),
+        ]
         if shown is not None:
             clicked = answer_volume(
                 self._volumes.get(_gray(encoded), spacing_of(encoded.affine)), shown, self.pause, seconds, whole > 0
@@ -468,7 +478,7 @@ class TumorSegmentationInferer(Inferer):
             absent=reason is not None,
             seconds=seconds,
             details=details,
-            name=tumor,
+            name=said,
             reason=reason,
             notes=notes,
             evidence=evidence,
@@ -604,6 +614,14 @@ class TumorSegmentationInferer(Inferer):
         if encoded._reconstruction is None:
             encoded._reconstruction = self.backbone.decode(encoded.features.latent)
         return encoded._reconstruction
+
+    def _meaning(self, tumor: str) -> Meaning:
+        """What the text encoder is told for a tumour: where the embedded one lacks words, those of the vocabulary that it has."""
+        if self.text_encoder.source != EMBEDDED or not self.text_encoder.unknown_words(tumor):
+            return Meaning(tumor)
+        meaning = read_vocabulary().look_up(tumor)
+        known = meaning.text is not None and not self.text_encoder.unknown_words(meaning.text)
+        return meaning if known else Meaning(tumor)
 
     def _absent(self, tumor: str, aova: AovaMap, image_logit: float, mask: np.ndarray) -> str | None:
         """Why there is nothing to show, or None."""

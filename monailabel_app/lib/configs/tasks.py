@@ -24,9 +24,11 @@ def segments(engine: Engine) -> Segments:
         engine,
         type="segmentation",
         labels=anonymous_labels(),
-        description="All segments of the image, most object-like first, or (select: auto) what differs from its frame",
+        description="All segments of the image, most object-like first, named by the nouns in the option text if there are any; or "
+        "(select: auto) what differs from its frame",
         config={
             "select": ["segments", "auto"],
+            "text": "",
             "extent": EXTENT,
             "slice": -1,
             "refine": REFINE,

@@ -39,6 +39,13 @@ const zerosegShow = (text, color = '#7a1f1f') => {
       return `the server answered ${request.status}`;
     }
   };
+  // The panel knows segments by the names the server declared when it connected: which noun names which of them is said beside it.
+  const names = request => {
+    const body = request.response instanceof ArrayBuffer ? new TextDecoder().decode(request.response) : '';
+    const found = JSON.parse(/"label_names":\s*(\{[^{}]*\})/.exec(body)?.[1] ?? '{}');
+    const given = Object.entries(found).filter(([name]) => !/^segment_\d\d$/.test(name));
+    return given.map(([name, value]) => `segment_${String(value).padStart(2, '0')} is ${name}`).join(', ');
+  };
   const open = XMLHttpRequest.prototype.open;
   XMLHttpRequest.prototype.open = function (method, url, ...rest) {
     const asked = /\/(infer|datastore|train|activelearning)\//.exec(String(url))?.[1];
@@ -47,6 +54,7 @@ const zerosegShow = (text, color = '#7a1f1f') => {
       document.getElementById('zeroseg-message')?.remove();
       this.addEventListener('load', () => {
         if (this.status >= 400) zerosegShow(reason(this));
+        else if (/\/infer\/segments\b/.test(String(url)) && names(this)) zerosegShow(names(this), '#1f4d7a');
         else if (asked === 'activelearning' && this.responseText === '{}') zerosegShow('every image has its label', '#1f4d7a');
         else if (asked === 'train' && method.toUpperCase() === 'POST') zerosegWatchTraining();
       });
