@@ -226,3 +226,17 @@ def test_contact_sheet_and_page(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], tmp_path / "none.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "index.png"]
+
+
+def test_a_legend_names_labels_beside_their_colours():
+    labels = np.zeros((40, 40), np.uint8)
+    labels[5:20, 5:20], labels[25:35, 25:35] = 1, 3
+    plain = draw_overlay(np.zeros((1, 40, 40)), labels)
+    names = {1: "white blood cell", 3: "a name much longer than the picture is wide " * 9}
+    shown = draw_overlay(np.zeros((1, 40, 40)), labels, legend=names)
+    assert shown.width == plain.width and shown.height > plain.height + 30, "two lines"
+    above = np.asarray(shown)[: shown.height - plain.height].reshape(-1, 3)
+    assert {(240, 228, 66), (213, 94, 0)} <= set(map(tuple, above.tolist()))
+    assert np.array_equal(np.asarray(shown)[shown.height - plain.height :], np.asarray(plain))
+    volume = overlay_slices(np.zeros((1, 40, 40, 1)), labels[..., None], legend=names)
+    assert volume.height > overlay_slices(np.zeros((1, 40, 40, 1)), labels[..., None]).height

@@ -107,12 +107,12 @@ class AttentionSegmentationInferer(Inferer):
         if self._checked:
             return
         self._settings.check()
-        self.backbone.load()
-        self.backbone.check_timestep(self.timestep)
         if self.vocabulary is not None:
             if self.backbone.source != EMBEDDED:
                 raise ZeroSegError("a vocabulary goes with the embedded backbone only: others know words themselves")
             read_vocabulary(self.vocabulary)
+        self.backbone.load()
+        self.backbone.check_timestep(self.timestep)
         self._settings.check_sizes(self.backbone.size_multiple)
         self._checked = True
 
