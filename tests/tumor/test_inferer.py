@@ -318,3 +318,28 @@ def test_nothing_is_printed_or_logged(make, volume, capfd, caplog):
     with caplog.at_level(logging.INFO):
         make().segment(volume, affine=AFFINE, modality="ct")
     assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_words_say_what_and_a_click_says_where(make, volume):
+    inferer = make(stages=("aova",))
+    encoded = inferer.encode(volume, AFFINE, "ct")
+    worded = inferer.predict(encoded)
+    inside, outside = np.argwhere(worded.labels)[0].tolist(), np.argwhere(worded.labels == 0)[0].tolist()
+    clicked = inferer.predict(encoded, points=[inside])
+    assert clicked.labels[tuple(inside)] == 1 and not clicked.absent and clicked.details["words_agree"]
+    corrected = inferer.predict(encoded, points=[inside, outside], labels=[1, 0])
+    assert corrected.labels[tuple(inside)] == 1 and corrected.labels[tuple(outside)] == 0
+    boxed = inferer.predict(encoded, box=[4, 4, 3, 20, 20, 9])
+    beyond = np.ones(worded.labels.shape, bool)
+    beyond[4:21, 4:21, 3:10] = False
+    assert boxed.labels.shape == worded.labels.shape and not (boxed.labels[beyond] & ~worded.labels[beyond]).any()
+    with pytest.raises(ZeroSegError, match="outside the image"):
+        inferer.predict(encoded, points=[[99, 0, 0]])
+    with pytest.raises(ZeroSegError, match="labels are given without points"):
+        inferer.predict(encoded, labels=[1])
+
+
+def test_a_click_is_answered_where_the_words_are_absent(make, volume):
+    result = make(stages=("aova",), presence=1).segment(volume, AFFINE, "ct", points=[[10, 10, 6]])
+    assert result.labels[10, 10, 6] == 1 and not result.absent and result.reason is None
+    assert any("the words find nothing" in note for note in result.notes)

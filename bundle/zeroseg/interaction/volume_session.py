@@ -51,6 +51,8 @@ ROOM = 1.5
 """A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
 """Weight of a first candidate's IoU with a prior, beside its estimated IoU; and the estimate below which the prior itself is shown."""
+BEGINNING = 0.5
+"""A mark of the object that lies further from the answer than this times its width asks for a new answer, which that is joined to."""
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
@@ -330,7 +332,34 @@ class VolumeSession:
             if prior is not None:
                 answer = self._weighed(answer, marks, box, prior)
             return answer if candidate is None else replace(answer, shown=candidate - 1)
-        return self._mend(np.array(events[-1].marks, int).reshape(-1, 4), marks, box, before)
+        newest = np.array(events[-1].marks, int).reshape(-1, 4)
+        if box is None and self._is_beginning(before, newest):
+            return self._joined(self._find(marks, None), before, marks)
+        return self._mend(newest, marks, box, before)
+
+    def _is_beginning(self, before: VolumeAnswer, newest: np.ndarray) -> bool:
+        """Whether marks of the object lie further from an answer than that is wide: then it was but a beginning."""
+        if not len(newest) or (newest[:, 3] != 1).any():
+            return False
+        size = np.array(self.spacing)
+        found = ndimage.find_objects(before.mask.astype(np.uint8))[0]
+        low = np.array([p.start + s.start for p, s in zip(before.part, found, strict=True)])
+        high = np.array([p.start + s.stop for p, s in zip(before.part, found, strict=True)])
+        places = newest[:, :3]
+        apart = np.maximum(np.maximum(low - places, places + 1 - high), 0) * size
+        return bool(np.linalg.norm(apart, axis=1).min() > BEGINNING * float(((high - low) * size).max()))
+
+    def _joined(self, found: VolumeAnswer, before: VolumeAnswer, marks: np.ndarray) -> VolumeAnswer:
+        """A new answer with all of the one before."""
+        part = _union(found.part, before.part, np.zeros((0, 4), int))
+        masks = np.zeros((CANDIDATES, *(s.stop - s.start for s in part)), bool)
+        masks[(slice(None), *_within(found.part, part))] = found.candidates
+        masks[(slice(None), *_within(before.part, part))] |= before.mask
+        probability = np.zeros(masks.shape[1:], np.float16)
+        probability[_within(found.part, part)] = found.probability
+        local = _local(marks, part)
+        masks = np.stack([_obey(one, local) for one in masks])
+        return VolumeAnswer(part, masks, probability, found.estimates, found.shown)
 
     # Looking -----------------------------------------------------------------------------------------------------------
 
