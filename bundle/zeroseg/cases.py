@@ -163,7 +163,7 @@ class CaseRunner:
     ``<stem>_seg.dcm``; per run: ``manifest.json``.
 
     Args:
-        inferer: has ``check()``, ``segment(array, **prompt) -> Segmentation``, ``settings()`` and ``backbone``.
+        inferer: has ``check()``, ``segment(array, affine=, **prompt) -> Segmentation``, ``settings()`` and ``backbone``.
         dataset: the cases.
         output_dir: where results go; created when missing.
         prompts: path of ``prompts.json``, None, or what such a file holds.
