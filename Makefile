@@ -1,7 +1,7 @@
 # make demo   run the bundle on real images that come with the installed packages; look at out/demo/index.html
 # make serve  serve it to OHIF and 3D Slicer; STUDIES=folder or DICOMweb URL (sample images without), PORT=8000, OPTIONS="--verbose"
 # make ohif   OHIF with sample studies to click on: installs Orthanc where it may, and prints one address; PORT=8000
-# make test   run the whole test suite; make quick: what takes about two minutes
+# make test   run the whole test suite, a file per core at a time; make quick: what takes about two minutes
 # make lint   what CI asks for: ruff, and mypy over the package
 # All set up .venv first when it is not there. PYTHON=python3.12 picks another interpreter.
 
@@ -35,7 +35,7 @@ ohif: install
 # Orthanc and Chromium, where they may be installed; the tests that drive them are skipped where not.
 test: install
 	sh scripts/install_e2e.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 quick: install
 	$(BIN)/python -m pytest -m "not slow"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 SMALL = ("--resolution", "128")
 SIDE = 96
 NAMES = [{"name": "disc", "idx": 1}, {"name": "bar", "idx": 2}]
-TRAINING = {"seconds": 3600, "steps": 30}
+TRAINING = {"seconds": 3600, "steps": 100}
 """Ended by its steps, so that it learns the same on every machine."""
 PATIENCE = 560
 

@@ -141,7 +141,7 @@ def test_the_client_of_3d_slicer_gets_the_same_mask(client, server, series, tmp_
     image = read_image(find_cases(Path(path))[0])
     labels, _ = mask_of(infer(server, "points", ct.uid, "image", **prompt), tmp_path)
     np.testing.assert_array_equal(image.array[0], labels)
-    assert params["label_names"] == {"segment_01": 1}
+    assert params["label_names"] == {"object": 1}
 
 
 @pytest.mark.parametrize("modality", ["CT", "MR", "CR"])

@@ -222,12 +222,12 @@ def test_a_batch_segments_all_images_and_survives_one_it_cannot_read(server, tmp
         options = {"max_segments": 3, "extent": "slice", "label_tag": "original"}
         answer = requests.post(f"{running.url}/batch/infer/segments?images=all", json=options)
         assert answer.status_code == 200, answer.text
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 560
         while (status := requests.get(f"{running.url}/batch/infer").json())["status"] in ("SUBMITTED", "RUNNING"):
             assert time.monotonic() < deadline, status
             time.sleep(0.5)
         assert status["status"] == "DONE", status
-        deadline = time.monotonic() + 10  # the server sees the other process's labels by watching the folder
+        deadline = time.monotonic() + 60  # the server sees the other process's labels by watching the folder
         while time.monotonic() < deadline:
             objects = requests.get(f"{running.url}/datastore/?output=all").json()["objects"]
             labelled = {name for name, entry in objects.items() if "original" in entry["labels"]}

@@ -50,8 +50,12 @@ class LearnedInferer:
         """What a manifest records: the settings by which images are read, and what was learned."""
         return {**dict(self.labeller.inferer.encoding_key), self.rule: self.labeller.describe()}
 
-    def segment(self, image: Tensor | np.ndarray) -> Segmentation:
+    def segment(self, image: Tensor | np.ndarray, *, affine: np.ndarray | None = None) -> Segmentation:
         """Labels of (C, H, W) or (C, X, Y, Z); ``details`` hold their names and the head's confidence.
+
+        Args:
+            image: the image or volume.
+            affine: of a volume, as every inferer of ``CaseRunner`` is given it; slices are labelled whatever their spacing.
 
         Raises:
             ZeroSegError: the image is empty or not finite.
