@@ -20,6 +20,16 @@ MOST_PIECES = 250
 """Pieces a scene may hold, so that their map is uint8."""
 
 
+def offspring(parents: Sequence[int] | np.ndarray, piece: int) -> np.ndarray:
+    """(P,) bool over the pieces: one, and everything painted inside of it."""
+    wanted = np.zeros(len(parents), bool)
+    wanted[piece] = True
+    # A parent is always painted before its children, so one pass in order reaches all descendants.
+    for child in range(1, len(parents)):
+        wanted[child] |= wanted[parents[child]] and parents[child] != 0
+    return wanted
+
+
 @dataclass
 class Scene:
     """An image and what it is made of.
@@ -36,13 +46,7 @@ class Scene:
 
     def target(self, piece: int, whole: bool) -> np.ndarray:
         """(H, W) bool: a piece as it is visible, or with everything painted inside of it."""
-        wanted = np.zeros(len(self.parents), bool)
-        wanted[piece] = True
-        if whole:
-            # A parent is always painted before its children, so one pass in order reaches all descendants.
-            for child in range(1, len(self.parents)):
-                wanted[child] |= wanted[self.parents[child]] and self.parents[child] != 0
-        return wanted[self.pieces]
+        return offspring(self.parents, piece)[self.pieces] if whole else self.pieces == piece
 
 
 class _Painter:
@@ -103,11 +107,7 @@ class _Painter:
         return len(self.parents) - 1
 
     def family(self, piece: int) -> np.ndarray:
-        wanted = np.zeros(len(self.parents), bool)
-        wanted[piece] = True
-        for child in range(1, len(self.parents)):
-            wanted[child] |= wanted[self.parents[child]] and self.parents[child] != 0
-        return wanted[self.pieces]
+        return offspring(self.parents, piece)[self.pieces]
 
 
 def _blobs(p: _Painter) -> None:

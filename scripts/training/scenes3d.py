@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from scenes import offspring
+
 SIDE = 64
 """Voxels along a side of a scene; voxels are cubes."""
 MOST_PIECES = 120
@@ -36,12 +38,7 @@ class Scene3d:
 
     def target(self, piece: int, whole: bool) -> np.ndarray:
         """(X, Y, Z) bool: a piece as it is visible, or with everything painted inside of it."""
-        wanted = np.zeros(len(self.parents), bool)
-        wanted[piece] = True
-        if whole:
-            for child in range(1, len(self.parents)):
-                wanted[child] |= wanted[self.parents[child]] and self.parents[child] != 0
-        return wanted[self.pieces]
+        return offspring(self.parents, piece)[self.pieces] if whole else self.pieces == piece
 
 
 class _Painter:
@@ -105,11 +102,7 @@ class _Painter:
         return len(self.parents) - 1
 
     def family(self, piece: int) -> np.ndarray:
-        wanted = np.zeros(len(self.parents), bool)
-        wanted[piece] = True
-        for child in range(1, len(self.parents)):
-            wanted[child] |= wanted[self.parents[child]] and self.parents[child] != 0
-        return wanted[self.pieces]
+        return offspring(self.parents, piece)[self.pieces]
 
 
 def _radii(rng: np.random.Generator, low: float, high: float, flat: float = 0.45) -> np.ndarray:

@@ -433,9 +433,9 @@ class AttentionSegmentationInferer(Inferer):
         if image.ndim != 4:
             raise ZeroSegError(f"expected (C, H, W) or (C, X, Y, Z), not {tuple(image.shape)}")
         prompts = check_prompts(image.shape[1:], select or self.select, **prompt)
-        if prompts.rule == "text" and self.meaning(str(prompts.text)).text is None:
+        if prompts.rule == "text" and (meaning := self.meaning(str(prompts.text))).text is None:
             # No slice needs to be read for that.
-            return unknown_words(prompts, self.meaning(str(prompts.text)), {})
+            return unknown_words(prompts, meaning, {})
         single = image.shape[1 + self.slice_axis % 3] == 1
         clicked = prompts.rule == "points" or (prompts.rule == "box" and prompts.box is not None)
         if clicked and not single and self.refiner == "head":
