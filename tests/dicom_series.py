@@ -9,6 +9,8 @@ import numpy as np
 from scipy import ndimage
 
 from dicom_studies import Series, oblique, write
+from phantom_studies import ORGANS_AFFINE
+from phantom_studies import organs as make_organs
 from phantoms import make_phantom
 from phantoms3d import make_volume
 
@@ -58,3 +60,10 @@ def limb(folder: Path) -> Series:
     affine = np.array([[-3.0, 0, 0, 40], [0, -3.0, 0, 25], [0, 0, 3.0, -90], [0, 0, 0, 1]])
     values = np.rint(drawn.image).astype(np.int32)
     return write(folder, "CT", values, affine, range(1, values.shape[2] + 1), drawn.mask)
+
+
+def organs(folder: Path) -> Series:
+    """A CT of the two organs of ``phantom_studies.organs``."""
+    volume, _, _ = make_organs()
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ ORGANS_AFFINE
+    return write(folder, "CT", volume, affine, range(1, volume.shape[2] + 1))

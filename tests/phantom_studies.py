@@ -10,6 +10,8 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from zeroseg.evaluation.annotator import next_click_3d
+
 SHAPE = (48, 40, 6)
 OBJECT = (slice(8, 20), slice(22, 34), slice(2, 5))
 """Voxels (i, j, k) of the object, off every centre."""
@@ -23,6 +25,39 @@ def phantom() -> np.ndarray:
     volume[OBJECT] += 180
     volume[30:42, 6:14, 1:5] -= 120
     return np.rint(volume)
+
+
+ORGANS = ("layered", "touching")
+ORGANS_AFFINE = np.diag([1.2, 1.2, 1.5, 1.0])
+
+
+def organs() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[int]]]:
+    """Two organs of which one click cannot say where they end: one in two layers, one beside another that is as bright.
+
+    Returns:
+        (64, 48, 24) HU; name -> (64, 48, 24) bool; name -> the voxel of a first click, in the inner layer and in the lower organ.
+    """
+    volume = np.random.default_rng(0).normal(0, 4, (64, 48, 24))
+
+    def ellipsoid(centre, radii) -> np.ndarray:
+        grid = np.ogrid[tuple(slice(n) for n in volume.shape)]
+        return sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii, strict=True)) < 1
+
+    layered, inner = ellipsoid((20, 22, 11), (13, 14, 8)), ellipsoid((18, 24, 10), (6, 7, 4))
+    lower, upper = ellipsoid((48, 24, 7), (9, 10, 6)), ellipsoid((48, 24, 16), (9, 10, 6))
+    volume[layered] += 126
+    volume[inner] += 54
+    volume[lower | upper] += 150
+    masks = {"layered": layered, "touching": lower & ~upper}
+    return np.rint(volume), masks, {"layered": [18, 24, 10], "touching": [48, 24, 6]}
+
+
+def correction(mask: np.ndarray, truth: np.ndarray, clicked: int) -> tuple[list[int], int]:
+    """The next click of an annotator who looks at other slices than the one clicked: voxel, and 1 (object) or 0."""
+    elsewhere = np.arange(truth.shape[2]) != clicked
+    following = next_click_3d(mask & elsewhere, truth & elsewhere)
+    assert following is not None, "nothing is wrong in other slices"
+    return [int(v) for v in following[0]], following[1]
 
 
 def oblique() -> np.ndarray:

@@ -4,7 +4,7 @@
 //
 // scenario: {server, chromium, folder, studies: [{name, uid, steps: [...]}]}; a step is one of
 //     {name, run: model, options: {option: value}}               Auto-Segmentation, after setting options in their dialog
-//     {name, click: [x, y, z] (LPS mm), model, label}            Point Prompts
+//     {name, click: [x, y, z] (LPS mm), model, label, background}  Point Prompts; background: the click is not on the label
 //     {name, press: button, strategy}                            a button of Active Learning, after picking a strategy
 //     {name, save: segment's name}                               Save as DICOM SEG, every segment under that name
 // report: {left: addresses beyond this machine that were asked for and refused, errors: of the page,
@@ -118,10 +118,13 @@ async function run(page, { run: model, options }) {
   return answered(page, () => tab.getByRole('button', { name: 'Run', exact: true }).click());
 }
 
-async function click(page, { click: world, model, label }) {
+async function click(page, { click: world, model, label, background }) {
   const tab = await opened(page, 'Point Prompts');
-  await tab.locator('select').selectOption(model);
-  await tab.getByRole('cell', { name: label, exact: true }).click();
+  const models = tab.locator('select');
+  if ((await models.inputValue()) !== model) await models.selectOption(model); // picking one forgets all clicks
+  const pick = name => tab.getByRole('cell', { name, exact: true }).click();
+  await pick(background ? 'background' : label);
+  const before = await page.evaluate(clicks);
   const [x, y] = await page.evaluate(point => {
     const viewports = window.services.cornerstoneViewportService.getRenderingEngine().getViewports();
     for (const viewport of viewports) { // a person would scroll there
@@ -137,10 +140,15 @@ async function click(page, { click: world, model, label }) {
     return [box.left + u, box.top + v];
   }, world);
   await page.mouse.click(x, y);
-  await page.waitForFunction(
-    () => window.cornerstoneTools.annotation.state.getAllAnnotations().some(a => a.metadata.toolName === 'ProbeMONAILabel')
-  );
+  while ((await page.evaluate(clicks)) === before) await page.waitForTimeout(50);
+  if (background) await pick(label); // the answer goes to the label that is picked
   return answered(page, () => tab.getByRole('button', { name: 'Run', exact: true }).click());
+}
+
+/** In the page: how many clicks it shows, which are those of the label picked. */
+function clicks() {
+  const shown = window.cornerstoneTools.annotation.state.getAllAnnotations();
+  return shown.filter(a => a.metadata.toolName === 'ProbeMONAILabel').length;
 }
 
 async function press(page, { press: button, strategy }) {

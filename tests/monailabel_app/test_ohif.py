@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import nrrd
 import numpy as np
 import pydicom
 import pytest
@@ -21,6 +22,8 @@ pytest.importorskip("monailabel")
 import dicom_series
 from dicom_studies import TO_LPS, Series
 from orthanc import missing, orthanc
+from phantom_studies import ORGANS, correction
+from phantom_studies import organs as make_organs
 from serving import serving
 from zeroseg.backbones.weights import MODELS
 
@@ -61,6 +64,7 @@ class Visit:
     server: str
     ct: Series
     mr: Series
+    organs: Series
     word: str
     report: dict
     stored: list[pydicom.Dataset]
@@ -72,12 +76,15 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory) -> Visit:
-    """One visit: a click, a text, an absent text and everything on a CT; two clicks and one slice on an MR."""
+    """One visit: a click, a text, an absent text and everything on a CT; two clicks and one slice on an MR;
+    two organs clicked and corrected on another CT."""
     folder = tmp_path_factory.mktemp("ohif")
-    ct, mr = dicom_series.ct(folder / "ct"), dicom_series.mr(folder / "mr")
+    ct, mr, organs = (
+        write(folder / write.__name__) for write in (dicom_series.ct, dicom_series.mr, dicom_series.organs)
+    )
     with orthanc(folder / "orthanc") as store:
-        store.push(ct.folder)
-        store.push(mr.folder)
+        for series in (ct, mr, organs):
+            store.push(series.folder)
         with serving(store.dicom_web, folder / "server", "--resolution", "128") as server:
             word = next((w for w in WORDS if found(server.url, ct, w)), None)
             assert word, f"none of {WORDS} was found in the drawing of an abdomen"
@@ -118,10 +125,11 @@ def visit(tmp_path_factory) -> Visit:
                             {"name": "slice", "run": "segments", "options": {"extent": "slice", "select": "auto"}},
                         ],
                     },
+                    {"name": "organs", "uid": organs.study, "steps": corrected(server.url, organs, folder)},
                 ],
             }
             report = drive(scenario, folder)
-            yield Visit(server.url, ct, mr, word, report, store.instances(Modality="SEG"))
+            yield Visit(server.url, ct, mr, organs, word, report, store.instances(Modality="SEG"))
 
 
 def found(server: str, series: Series, word: str) -> bool:
@@ -131,6 +139,27 @@ def found(server: str, series: Series, word: str) -> bool:
     )
     answer.raise_for_status()
     return not answer.json()["absent"]
+
+
+def corrected(server: str, series: Series, folder: Path) -> list[dict]:
+    """Of each organ a click, then a correction in another slice: where a person would make it on seeing the first answer."""
+    _, truths, first = make_organs()
+    steps = []
+    for label, name in zip(("segment_01", "segment_02"), ORGANS, strict=True):
+        params = {"foreground": [first[name]], "result_extension": ".nrrd"}
+        answer = requests.post(
+            f"{server}/infer/points?image={series.uid}&output=image", data={"params": json.dumps(params)}, timeout=120
+        )
+        answer.raise_for_status()
+        file = folder / f"{name}.nrrd"
+        file.write_bytes(answer.content)
+        voxel, kind = correction(nrrd.read(str(file))[0] > 0, truths[name], first[name][2])
+        click = {"model": "points", "label": label}
+        steps += [
+            {"name": name, "click": place(series, first[name]), **click},
+            {"name": f"{name} corrected", "click": place(series, voxel), "background": not kind, **click},
+        ]
+    return steps
 
 
 def place(series: Series, voxel: list[int]) -> list[float]:
@@ -249,6 +278,23 @@ def test_clicks_for_two_labels_stay_side_by_side_on_an_mr(visit):
     k = VENTRICLE[2]
     brain, ventricle, putamen = (visit.mr.volume[..., k][both[..., k] == label].mean() for label in (0, FIRST, SECOND))
     assert ventricle < putamen < brain  # dark fluid, gray matter, and mostly white matter around
+
+
+@pytest.mark.parametrize(("name", "label"), zip(ORGANS, (FIRST, SECOND), strict=True))
+def test_a_correction_in_another_slice_improves_the_volume(visit, name, label):
+    steps = [visit.step("organs", step) for step in (name, f"{name} corrected")]
+    (before, affine), (after, _) = (labels_of(step) for step in steps)
+    np.testing.assert_allclose(affine, visit.organs.affine, atol=1e-3)
+    truth = make_organs()[1][name]
+    assert dice(after == label, truth) > dice(before == label, truth) > 0.2
+    first, both = ([*step["params"]["foreground"], *step["params"]["background"]] for step in steps)
+    assert len(first) == 1 and len(both) == 2 and first[0] in both
+    [further] = [voxel for voxel in both if voxel != first[0]]
+    assert further[2] != first[0][2]
+    assert (after[tuple(further)] == label) == (further in steps[1]["params"]["foreground"])
+    # What the other organ was given stays.
+    others = (before > 0) & (before != label)
+    assert np.array_equal(after[others], before[others])
 
 
 def test_options_reach_the_task(visit):

@@ -16,7 +16,17 @@ pytest.importorskip("monailabel")
 
 from monailabel.client.client import MONAILabelClient, MONAILabelClientException
 
-from phantom_studies import CLICK, OBJECT, SHAPE, oblique, write_studies
+from phantom_studies import (
+    CLICK,
+    OBJECT,
+    ORGANS,
+    ORGANS_AFFINE,
+    SHAPE,
+    correction,
+    oblique,
+    organs,
+    write_studies,
+)
 from serving import serving
 from soak import soak
 from zeroseg.io import find_cases, read_image
@@ -87,6 +97,39 @@ def test_a_click_gives_the_object_under_it_on_the_viewers_grid(client, image):
     assert params["label_names"] == {"object": 1} and params["absent"] is False and len(params["scores"]) == 1
     assert params["backbone"]["source"] == "embedded" and len(params["backbone"]["sha256"]) == 64
     assert params["seconds"]["total"] > 0
+
+
+@pytest.fixture(scope="module")
+def session_of_organs(client, tmp_path_factory):
+    """A volume that 3D Slicer has and the server has not: it is sent once, and each click names the session."""
+    file = tmp_path_factory.mktemp("organs") / "organs.nii.gz"
+    nib.save(nib.Nifti1Image(organs()[0].astype(np.int16), ORGANS_AFFINE), file)
+    session = client.create_session(str(file))["session_id"]
+    yield session
+    client.remove_session(session)
+
+
+@pytest.mark.parametrize("name", ORGANS)
+def test_a_correction_in_another_slice_improves_the_volume(client, session_of_organs, name):
+    _, truths, first = organs()
+    truth, clicks = truths[name], {"foreground": [first[name]], "background": []}
+
+    def ask() -> np.ndarray:
+        request = {**clicks, "result_extension": ".nrrd"}
+        path, params = client.infer("points", "", request, session_id=session_of_organs)
+        labels, affine = mask_of(path)
+        np.testing.assert_allclose(affine, ORGANS_AFFINE, atol=1e-5)
+        assert params["details"]["spacing_mm"] == [1.2, 1.2, 1.5]
+        return labels > 0
+
+    before = ask()
+    voxel, kind = correction(before, truth, first[name][2])
+    clicks["foreground" if kind else "background"].append(voxel)
+    after = ask()
+    assert after[tuple(voxel)] == kind and after[tuple(first[name])]
+    assert dice(after, truth) > dice(before, truth) > 0.2
+    changed = (after != before).any((0, 1))
+    assert changed[voxel[2]] and changed.sum() >= 2, "its neighbours as well"
 
 
 def test_a_second_click_is_answered_from_memory(client):
