@@ -70,6 +70,7 @@ class ZeroSegApp(MONAILabelApp):
         resolution = int(conf["resolution"]) if conf.get("resolution") else None
         self.engine = Engine(backbone, cache_bytes=int(conf.get("cache_mb", 1024)) << 20, resolution=resolution)
         self.serves = False
+        self.off_loop: OffLoop | None = None
         self.strategy = conf.get("strategy", STRATEGY)
         super().__init__(
             app_dir,
@@ -108,11 +109,17 @@ class ZeroSegApp(MONAILabelApp):
     def info(self) -> dict[str, Any]:
         """As MONAI Label's; ``labels`` are those 3D Slicer starts an image with, not the sum of all tasks'.
 
-        ``rtstruct`` says whether a label can be saved as contours as well.
+        ``rtstruct`` says whether a label can be saved as contours as well; ``queue`` holds the inferences that run or wait, see
+        ``responsive.OffLoop.queue``.
         """
         learned = self._infers["learned"].labels
         remote = self.studies.startswith(("http://", "https://"))
-        return {**super().info(), "labels": [*learned] or [UNNAMED], "rtstruct": remote and rtstruct.available()}
+        return {
+            **super().info(),
+            "labels": [*learned] or [UNNAMED],
+            "rtstruct": remote and rtstruct.available(),
+            "queue": self.off_loop.queue() if self.off_loop is not None else [],
+        }
 
     def init_datastore(self):
         if self.studies.startswith(("http://", "https://")):
@@ -245,7 +252,8 @@ class ZeroSegApp(MONAILabelApp):
         files.install()
         archives.install()
         errors.install(app.middleware_stack)
-        app.middleware_stack = errors.RefusingPaths(OffLoop(ConfidenceOutput(app.middleware_stack)))
+        self.off_loop = OffLoop(ConfidenceOutput(app.middleware_stack))
+        app.middleware_stack = errors.RefusingPaths(self.off_loop)
 
 
 def _is_upload(path: Path, sessions: Path | None) -> bool:

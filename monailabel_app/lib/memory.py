@@ -95,9 +95,9 @@ class CachedInferer(AttentionSegmentationInferer):
         # What a prompt recalls for it lives as long as the prompt, not as long as the memory.
         return self._encode(key, full, text) if left is None else left.fresh()
 
-    def pause(self) -> None:
-        """Stops where nobody waits for the answer any more."""
-        stop_if_abandoned()
+    def pause(self, done: int = 0, total: int = 0) -> None:
+        """Stops where nobody waits for the answer any more, and says how far it is."""
+        stop_if_abandoned(done, total)
 
     def _encode(self, key: Hashable, full: Tensor, text: str | None) -> EncodedImage:
         encoded = super().encode_prepared(full, text)

@@ -4,6 +4,7 @@
 //
 // scenario: {server, chromium, folder, studies: [{name, uid, steps: [...]}]}; a step is one of
 //     {name, run: model, options: {option: value}}               Auto-Segmentation, after setting options in their dialog
+//     {name, run: model, stop: true}                             the same, given up by a click on the line that says how far it is
 //     {name, click: [x, y, z] (LPS mm), model, label, background}  Point Prompts; background: the click is not on the label
 //     {name, press: button, strategy}                            a button of Active Learning, after picking a strategy
 //     {name, save: segment's name}                               Save as DICOM SEG, every segment under that name
@@ -101,7 +102,7 @@ async function colours(page) {
   });
 }
 
-async function run(page, { run: model, options }) {
+async function run(page, { run: model, options, stop }) {
   if (options) {
     await page.getByText('Options / Configurations').first().click();
     await page.locator('select[name=selectSection]').selectOption('infer');
@@ -115,7 +116,20 @@ async function run(page, { run: model, options }) {
   }
   const tab = await opened(page, 'Auto-Segmentation');
   await tab.locator('select').selectOption(model);
-  return answered(page, () => tab.getByRole('button', { name: 'Run', exact: true }).click());
+  const act = () => tab.getByRole('button', { name: 'Run', exact: true }).click();
+  return stop ? stopped(page, act) : answered(page, act);
+}
+
+/** Do what sends a request, and give it up. */
+async function stopped(page, act) {
+  const line = page.getByText('click here to stop');
+  const failed = page.waitForEvent('requestfailed', r => r.url().includes('/infer/'));
+  await act();
+  const notice = await line.innerText(); // waits for it
+  await line.click();
+  const request = await failed;
+  await line.waitFor({ state: 'detached' });
+  return { status: 0, url: request.url(), notice };
 }
 
 async function click(page, { click: world, model, label, background }) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory) -> Visit:
-    """One visit: a click, a text, an absent text and everything on a CT; two clicks and one slice on an MR;
+    """One visit: a click, a text, an absent text and everything on a CT; what was stopped, two clicks and one slice on an MR;
     two organs clicked and corrected on another CT."""
     folder = tmp_path_factory.mktemp("ohif")
     ct, mr, organs = (
@@ -115,6 +116,7 @@ def visit(tmp_path_factory) -> Visit:
                         "name": "mr",
                         "uid": mr.study,
                         "steps": [
+                            {"name": "stopped", "run": "segments", "stop": True},
                             {
                                 "name": "ventricle",
                                 "click": place(mr, VENTRICLE),
@@ -278,6 +280,14 @@ def test_clicks_for_two_labels_stay_side_by_side_on_an_mr(visit):
     k = VENTRICLE[2]
     brain, ventricle, putamen = (visit.mr.volume[..., k][both[..., k] == label].mean() for label in (0, FIRST, SECOND))
     assert ventricle < putamen < brain  # dark fluid, gray matter, and mostly white matter around
+
+
+def test_a_long_answer_says_how_far_it_is_and_can_be_stopped(visit):
+    step = visit.step("mr", "stopped")
+    assert re.search(rf"step \d+ of {visit.mr.volume.shape[2]}, \d+ s", step["notice"]), step["notice"]
+    assert not labels_of(step)[0].any()
+    # The server is free again for what came next.
+    assert visit.step("mr", "ventricle")["status"] == 200
 
 
 @pytest.mark.parametrize(("name", "label"), zip(ORGANS, (FIRST, SECOND), strict=True))

@@ -35,7 +35,7 @@ class Application:
         self.started.append(name)
         try:
             while scope["path"].startswith("/infer/") and not self.finish.wait(0.01):
-                stop_if_abandoned()
+                stop_if_abandoned(3, 8)
         except Exception:
             self.abandoned.set()
             raise
@@ -119,6 +119,28 @@ def test_jobs_wait_for_each_other_and_those_of_clients_that_left_never_run():
 
     asyncio.run(story())
     assert inner.started == ["first", "last"]
+
+
+def test_what_runs_and_what_waits_can_be_asked():
+    inner = Application()
+
+    async def story():
+        app = OffLoop(inner, jobs=1)
+        first = asyncio.ensure_future(ask(app, "/infer/first"))
+        await started(inner, "first")
+        second = asyncio.ensure_future(ask(app, "/infer/second"))
+        while len(app.queue()) < 2 or not app.queue()[0]["total"]:
+            await asyncio.sleep(0.01)
+        running, waiting = app.queue()
+        assert (running["path"], running["done"], running["total"]) == ("/infer/first", 3, 8) and running[
+            "seconds"
+        ] >= 0
+        assert waiting == {"path": "/infer/second", "seconds": None, "done": 0, "total": 0}
+        inner.finish.set()
+        await asyncio.gather(first, second)
+        assert app.queue() == []
+
+    asyncio.run(story())
 
 
 def test_a_running_job_is_told_that_its_client_left():

@@ -292,15 +292,19 @@ def test_the_server_answers_while_it_infers(server):
     begin = time.perf_counter()
     job.start()
     time.sleep(0.3)
-    waits = {path: [] for path in ("/info/", "/ohif/", "/datastore/")}
+    waits, steps = {path: [] for path in ("/info/", "/ohif/", "/datastore/")}, []
     while job.is_alive() and len(waits["/info/"]) < 50:
         for path, seconds in waits.items():
             start = time.perf_counter()
-            assert requests.get(server.url + path).status_code == 200
+            told = requests.get(server.url + path)
+            assert told.status_code == 200
             seconds.append(time.perf_counter() - start)
+            steps += [(job["done"], job["total"]) for job in told.json()["queue"]] if path == "/info/" else []
     assert len(waits["/info/"]) >= 10, "the job was over too soon to say anything"
     job.join()
     assert answers[0].status_code == 200
+    assert (steps == sorted(steps)) and steps[-1][0] > steps[0][0] and steps[-1][1] == 8 * SHAPE[2], steps
+    assert requests.get(f"{server.url}/info/").json()["queue"] == []
     whole = answers[1] - begin
     assert all(np.quantile(seconds, 0.95) < whole / 4 for seconds in waits.values()), (whole, waits)
 

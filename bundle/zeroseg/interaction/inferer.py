@@ -457,8 +457,12 @@ class AttentionSegmentationInferer(Inferer):
             session = self._volumes.get(gray, spacing_of(affine))
         return answer_volume(session, prompts, self.pause, seconds)
 
-    def pause(self) -> None:
-        """Called between the steps of long answers; a server may raise here where nobody waits any more."""
+    def pause(self, done: int = 0, total: int = 0) -> None:
+        """Called between the steps of long answers; a server may raise here where nobody waits any more.
+
+        Args:
+            done, total: how many of how many steps are done, such as slices; 0 of 0: unknown.
+        """
 
     def __call__(
         self,

@@ -34,6 +34,9 @@ class SliceInferer(Protocol):
     def predict(self, encoded: Any, select: str | None = None, **prompt: Any) -> Segmentation:
         """The answer for a slice."""
 
+    def pause(self, done: int = 0, total: int = 0) -> None:
+        """Called before each slice; it may raise, where nobody waits for the answer any more."""
+
 
 def segment_volume(
     inferer: SliceInferer,
@@ -81,8 +84,9 @@ class _Walk:
     def each(self, indices: range, rule: str, named: int = 0, **prompt) -> Segmentation:
         """Apply a rule to every slice of a range; what lies outside is background. Labels up to ``named`` have names, which mean
         one thing in all slices."""
-        results = {}
+        results: dict[int, Segmentation] = {}
         for k in tqdm(indices, desc="slices", leave=False, disable=not self.inferer.progress):
+            self.inferer.pause(len(results), len(indices))
             results[k] = self._collect(self.inferer.predict(self._encode(k), rule, **prompt))
         if rule == "segments":
             nameless = [np.where(results[k].labels > named, results[k].labels, 0) for k in indices]

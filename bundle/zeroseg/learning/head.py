@@ -89,8 +89,12 @@ def answer_slices(
     if full.ndim == 3:
         return answer(read_prepared(inferer, full), full)
     axis = inferer.slice_axis % 3 + 1
-    parts = tqdm(full.unbind(axis), desc="slices", leave=False, disable=not inferer.progress)
-    stack = np.stack([answer(read_prepared(inferer, part), part) for part in parts], axis)
+    parts = full.unbind(axis)
+    answers: list[np.ndarray] = []
+    for part in tqdm(parts, desc="slices", leave=False, disable=not inferer.progress):
+        inferer.pause(len(answers), len(parts))
+        answers.append(answer(read_prepared(inferer, part), part))
+    stack = np.stack(answers, axis)
     return stack if stack.shape[axis] == 1 else ndimage.gaussian_filter1d(stack, SMOOTH, axis, mode="nearest")
 
 

@@ -67,7 +67,7 @@ def points(engine: Engine) -> Points:
         engine,
         type="deepgrow",
         labels={},
-        description="The object under the clicks, followed through neighbouring slices until it ends",
+        description="The object under the clicks, in a volume all of it at once; each further click, in any slice, mends the answer",
         config={"extent": EXTENT, "refine": REFINE, "candidate": CANDIDATE},
     )
 

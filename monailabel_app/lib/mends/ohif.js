@@ -28,6 +28,25 @@ const zerosegShow = (text, color = '#7a1f1f') => {
   setTimeout(() => box.remove(), 12000);
 };
 
+// While an answer takes long: how far it is. A click on the line gives it up, and the server stops at its next step.
+const zerosegFollow = request => {
+  let line;
+  const timer = setInterval(async () => {
+    const { queue } = await fetch('/info/').then(answer => answer.json()).catch(() => ({}));
+    if (request.readyState === 4 || !queue?.length) return;
+    const [{ seconds, done, total }] = queue;
+    const step = total ? `step ${done + 1} of ${total}, ` : '';
+    const others = queue.length > 1 ? `, ${queue.length} requests at the server` : '';
+    zerosegShow(`${step}${Math.round(seconds ?? 0)} s${others} (click here to stop)`, '#1f4d7a');
+    line = document.getElementById('zeroseg-message');
+    line.onclick = () => request.abort();
+  }, 1000);
+  request.addEventListener('loadend', () => {
+    clearInterval(timer);
+    line?.remove();
+  });
+};
+
 // The panel says only that a request failed. This shows the server's reason beside it.
 (() => {
   const reason = request => {
@@ -52,6 +71,7 @@ const zerosegShow = (text, color = '#7a1f1f') => {
     // The panel looks whether a training runs, and 404 says that none does.
     if (asked && !(asked === 'train' && method.toUpperCase() === 'GET')) {
       document.getElementById('zeroseg-message')?.remove();
+      if (asked === 'infer') zerosegFollow(this);
       this.addEventListener('load', () => {
         if (this.status >= 400) zerosegShow(reason(this));
         else if (/\/infer\/segments\b/.test(String(url)) && names(this)) zerosegShow(names(this), '#1f4d7a');

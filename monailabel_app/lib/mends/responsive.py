@@ -11,8 +11,10 @@ import asyncio
 import contextvars
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -30,21 +32,47 @@ IN_MEMORY = 1 << 24
 """Bytes of a request's body kept in memory; larger ones (uploads) wait on disk."""
 CHUNK = 1 << 20
 
-_abandoned: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("abandoned", default=None)
+
+@dataclass(eq=False)
+class Job:
+    """A request that runs, or waits for its turn.
+
+    Attributes:
+        path: what was asked for.
+        gone: set once the client has disconnected.
+        started: ``time.monotonic()`` when it began to run; None: it waits.
+        done, total: its steps; 0 of 0 where it says nothing of them.
+    """
+
+    path: str
+    gone: threading.Event = field(default_factory=threading.Event)
+    started: float | None = None
+    done: int = 0
+    total: int = 0
+
+
+_job: contextvars.ContextVar[Job | None] = contextvars.ContextVar("job", default=None)
 
 
 class Abandoned(Exception):
     """The client of the running job has gone."""
 
 
-def stop_if_abandoned() -> None:
+def stop_if_abandoned(done: int = 0, total: int = 0) -> None:
     """Called between the steps of a long job.
+
+    Args:
+        done, total: how many of how many steps are done, for those who ask; 0 of 0: unknown, what was said before holds.
 
     Raises:
         Abandoned: the client that waits for it has disconnected.
     """
-    event = _abandoned.get()
-    if event is not None and event.is_set():
+    job = _job.get()
+    if job is None:
+        return
+    if total:
+        job.done, job.total = done, total
+    if job.gone.is_set():
         raise Abandoned
 
 
@@ -64,6 +92,20 @@ class OffLoop:
         self.app = app
         self.jobs = ThreadPoolExecutor(jobs, thread_name_prefix="job")
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="request")
+        self._queue: list[Job] = []
+
+    def queue(self) -> list[dict[str, Any]]:
+        """The inferences that run and those that wait, in order of arrival: ``path``, ``seconds`` (None: it waits), ``done``, ``total``."""
+        now = time.monotonic()
+        return [
+            {
+                "path": job.path,
+                "seconds": None if job.started is None else round(now - job.started, 1),
+                "done": job.done,
+                "total": job.total,
+            }
+            for job in list(self._queue)
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _on_loop(scope):
@@ -77,7 +119,7 @@ class OffLoop:
                 await JSONResponse({"detail": str(error)}, 413)(scope, receive, send)
                 return
             pool = self.jobs if _is_job(scope) else self.threads
-            gone = threading.Event()
+            work = Job(scope["path"])
             answer: list[Message] = []
             loop = asyncio.get_running_loop()
 
@@ -87,20 +129,25 @@ class OffLoop:
                 else:
                     asyncio.run_coroutine_threadsafe(send(message), loop).result()
 
-            job = pool.submit(_run, self.app, scope, body, deliver, gone)
+            if pool is self.jobs:
+                self._queue.append(work)
+            job = pool.submit(_run, self.app, scope, body, deliver, work)
             watch = asyncio.ensure_future(_disconnected(receive))
             waiting = asyncio.wrap_future(job)
-            await asyncio.wait({watch, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                gone.set()
-                if job.cancel():
-                    return
-            else:
-                watch.cancel()
             try:
+                await asyncio.wait({watch, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                if watch.done():
+                    work.gone.set()
+                    if job.cancel():
+                        return
+                else:
+                    watch.cancel()
                 await waiting
             except Abandoned:
                 return
+            finally:
+                if pool is self.jobs:
+                    self._queue.remove(work)
             for message in answer:
                 await send(message)
 
@@ -147,7 +194,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], gone: threading.Event) -> None:
+def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], job: Job) -> None:
     """One request from start to end, in this thread."""
 
     ended = False
@@ -159,13 +206,14 @@ def _run(app: App, scope: Scope, body, deliver: Callable[[Message], None], gone:
             ended = len(chunk) < CHUNK
             return {"type": "http.request", "body": chunk, "more_body": not ended}
         # Who asks on, a file being sent for one, wants to know when the client leaves.
-        while not gone.is_set():
+        while not job.gone.is_set():
             await asyncio.sleep(0.1)
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         deliver(message)
 
-    _abandoned.set(gone)
+    job.started = time.monotonic()
+    _job.set(job)
     with of_one_request():
         asyncio.run(app(scope, receive, send))
