@@ -13,7 +13,8 @@ from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.head import Window
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.interaction.promptable import Event, Session, load_head, mend
+from zeroseg.interaction.promptable import Event, Session, find_whole, load_head, mend
+from zeroseg.interaction.settings import Settings
 
 SIZE = (64, 64)
 WHOLE = Window(0, 0, *SIZE)
@@ -73,6 +74,41 @@ def test_a_correction_far_from_an_edge_does_not_move_it(encoded, inferer):
     assert two[18, 30]
     changed = np.argwhere(one != two)
     assert len(changed) and np.array_equal(one[44:52, 44:52], two[44:52, 44:52])
+
+
+@pytest.mark.parametrize("region", [np.s_[40:56, 40:56], np.s_[43:53, 42:55]], ids=["whole", "a part"])
+def test_a_region_points_at_its_object(encoded, region):
+    answer, details = find_whole(encoded.fresh(), truth(*region), Settings())
+    assert details["by"] == "head" and min(details["click"]) >= 45 and max(details["click"]) <= 50
+    assert 0 < details["estimated_iou"] <= 1 and 0 < details["agreement"] <= 1
+    assert dice(answer.mask, truth(np.s_[40:56], np.s_[40:56])) > 0.9
+    assert answer.confidence.dtype == np.float32 and answer.confidence.min() >= 0 and answer.confidence.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("regions", "asked"),
+    [
+        ([], False),
+        # Two alike: neither is the object alone.
+        ([np.s_[8:24, 8:24], np.s_[40:56, 40:56]], False),
+        ([np.s_[0:64, 0:6]], True),
+    ],
+    ids=["nothing", "two objects", "no object"],
+)
+def test_a_region_that_is_no_one_object_stands(encoded, regions, asked):
+    region = np.zeros(SIZE, bool)
+    for part in regions:
+        region[part] = True
+    answer, details = find_whole(encoded.fresh(), region, Settings())
+    assert answer is None and details["by"] == "rules" and ("click" in details) == asked
+
+
+def test_the_automatic_mask_by_head_and_by_rules(encoded, inferer):
+    by_head, by_rules = (i.predict(encoded.fresh(), "auto") for i in (inferer, inferer.replace(refiner="rules")))
+    assert by_head.details["mask"]["by"] in ("head", "rules")
+    assert by_rules.details.keys() == {"threshold"}, "no head takes part"
+    if by_head.details["mask"]["by"] == "rules":
+        assert np.array_equal(by_head.labels, by_rules.labels)
 
 
 def test_a_mark_that_the_network_ignores_changes_a_disc():

@@ -26,7 +26,7 @@ from zeroseg.backbones.weights import EMBEDDED
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.clicks import answer_clicks, certainty, inside_box
 from zeroseg.interaction.naming import BACKGROUND, Naming, name_segments
-from zeroseg.interaction.promptable import answer_by_head
+from zeroseg.interaction.promptable import answer_by_head, find_whole
 from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, contradicts
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
 from zeroseg.interaction.text import TextProbe, standardise
@@ -358,13 +358,18 @@ class AttentionSegmentationInferer(Inferer):
         return self.backbone.encode_image(square)
 
     def _split(self, encoded, relevance: Tensor, prompts, seconds, allowed, details: dict) -> Segmentation:
-        """The relevant half of an image, or of the part of it that is allowed."""
+        """The relevant half of an image, or of the part of it that is allowed; or, of an image, the object that half points at."""
         with timed(seconds, "refine"):
             full = encoded.upsample(relevance[None], self.refine)[0].cpu().numpy()
         with timed(seconds, "cut"):
             mask, threshold = rules.split(full, allowed)
             confidence = certainty(full, mask, threshold)
         details = {**details, "threshold": round(threshold, 5)}
+        if allowed is None and self.refiner == "head":
+            with timed(seconds, "head"):
+                answer, details["mask"] = find_whole(encoded, mask, self._settings)
+            if answer is not None:
+                mask, confidence = answer.mask, answer.confidence
         return self._finish(encoded, mask.astype(np.uint8), confidence, prompts, seconds, details)
 
     def _finish(self, encoded, labels, confidence, prompts, seconds, details) -> Segmentation:

@@ -40,6 +40,9 @@ SAY = 0.8
 """Weight of a first candidate's IoU with the rule's answer, beside its estimated IoU. Chosen on development images."""
 SURE = 0.8
 """Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
+MAIN, TRUST = 0.5, 0.4
+"""``find_whole`` asks that the largest part of a region makes up more than this share of it, and that the head's estimated IoU times
+its answer's IoU with that part is at least the second number. Chosen on development images."""
 STROKE_TOKENS = 6
 """Tokens of a stroke from which attention is followed."""
 
@@ -74,6 +77,11 @@ class Answer:
     estimates: tuple[float, ...]
     candidates: np.ndarray
     shown: int
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(H, W) float32, the probability of the label given to every pixel."""
+        return np.where(self.mask, self.probability, 1 - self.probability).astype(np.float32)
 
 
 @cache
@@ -114,16 +122,9 @@ def answer_by_head(
         settings: ``affinity`` and others have shaped the encoding; none is used here.
         head: the embedded one by default.
     """
-    head = head or load_head()
-    shape = tuple(encoded.image.shape[1:])
-    session = encoded.keep(
-        "session",
-        (id(head), settings.refine),
-        lambda: Session(head, encoded.image, encoded.readout, lambda event: _by_rule(encoded, event, settings.refine)),
-    )
-    start = None if prompts.mask is None else resized(prompts.mask, shape)
+    start = None if prompts.mask is None else resized(prompts.mask, tuple(encoded.image.shape[1:]))
+    session = _session(encoded, settings, head or load_head())
     answer = session.answer(events_of(encoded, prompts), start, prompts.candidate)
-    sure = np.where(answer.mask, answer.probability, 1 - answer.probability)
     details = {
         "estimated_iou": round(answer.estimates[answer.shown], 4),
         "candidate": answer.shown + 1,
@@ -132,7 +133,56 @@ def answer_by_head(
             for mask, value in zip(answer.candidates, answer.estimates, strict=True)
         ],
     }
-    return answer.mask.copy(), sure.astype(np.float32), details
+    return answer.mask.copy(), answer.confidence, details
+
+
+def find_whole(
+    encoded: EncodedImage, region: np.ndarray, settings: Settings, head: PromptHead | None = None
+) -> tuple[Answer | None, dict]:
+    """The object that a region points at: what one click at the innermost pixel of its largest part gives.
+
+    A rule says roughly where the object is, the head says how far it goes. The head is believed where one part makes up most of
+    the region and where it is sure of an answer that agrees with that part, see ``MAIN`` and ``TRUST``; many cells, or
+    a region that is no object, stay as they are.
+
+    Args:
+        encoded: the image.
+        region: (h, w) bool on the grid of ``encoded.image``, from a rule that knows no prompt.
+        settings: as ``answer_by_head``.
+        head: the embedded one by default.
+
+    Returns:
+        the answer, or None where the region stands; and what a manifest records: ``by`` head or rules, and if the head was
+        asked ``click`` (x, y) in pixels of the original image, ``estimated_iou`` and ``agreement``, the IoU with the part.
+    """
+    parts, _ = ndimage.label(region)
+    areas = np.bincount(parts.ravel())[1:]
+    if not len(areas) or areas.max() <= MAIN * areas.sum():
+        return None, {"by": "rules"}
+    main = parts == 1 + areas.argmax()
+    depth = ndimage.distance_transform_edt(np.pad(main, 1))[1:-1, 1:-1]
+    row, column = (int(i) for i in np.unravel_index(int(depth.argmax()), depth.shape))
+    answer = _session(encoded, settings, head or load_head()).answer([Event(((row, column, 1),))])
+    agreement = np.count_nonzero(answer.mask & main) / np.count_nonzero(answer.mask | main)
+    estimate = answer.estimates[answer.shown]
+    believed = estimate * agreement >= TRUST
+    (height, width), (full_height, full_width) = region.shape, encoded.size
+    details = {
+        "by": "head" if believed else "rules",
+        "click": [int((column + 0.5) * full_width / width), int((row + 0.5) * full_height / height)],
+        "estimated_iou": round(estimate, 4),
+        "agreement": round(agreement, 4),
+    }
+    return (answer if believed else None), details
+
+
+def _session(encoded: EncodedImage, settings: Settings, head: PromptHead) -> Session:
+    """The session on an image, kept with it."""
+
+    def begin() -> Session:
+        return Session(head, encoded.image, encoded.readout, lambda event: _by_rule(encoded, event, settings.refine))
+
+    return encoded.keep("session", (id(head), settings.refine), begin)
 
 
 def _by_rule(encoded: EncodedImage, event: Event, refine: str) -> np.ndarray | None:

@@ -96,7 +96,8 @@ class Settings:
             K-means refinement, one step), or ``argmax``, the one that attends to it most (DiffSeg's NMS).
         affinity: ``attention`` (ADZUS), ``features`` of the decoder, or ``both``.
         refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
-        refiner: what answers clicks: ``rules``, see ``clicks``, or ``head``, a trained one.
+        refiner: what answers clicks: ``rules``, see ``clicks``, or ``head``, a trained one, which also takes the object that
+            ``auto`` and ``text`` point at where it is sure of it, see ``promptable.find_whole``.
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
         vocabulary: file with terms of one's own for what the embedded backbone knows, see ``vocabulary.read_vocabulary``; they
             come before those shipped. None: those shipped. Any other backbone gets words as they are typed.
