@@ -16,7 +16,9 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
     """(X, Y, Z) noise of unit spread that varies over ``sigma`` voxels."""
     coarse = [max(2, int(np.ceil(n / max(sigma, 1))) + 2) for n in shape]
     drawn = rng.standard_normal(coarse).astype(np.float32)
-    grown = ndimage.zoom(drawn, [n / c for n, c in zip(shape, coarse, strict=True)], order=1, mode="nearest", grid_mode=True)
+    grown = ndimage.zoom(
+        drawn, [n / c for n, c in zip(shape, coarse, strict=True)], order=1, mode="nearest", grid_mode=True
+    )
     return grown / max(float(grown.std()), 1e-6)
 
 

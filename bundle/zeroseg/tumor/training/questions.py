@@ -13,7 +13,18 @@ from zeroseg.tumor.training.cases import TrainingCase
 
 ORGANS_OF_REGION = {
     "limb": ("limb", "thigh", "soft tissue", "bone", "pelvis"),
-    "abdomen": ("abdomen", "liver", "kidney", "spleen", "pancreas", "colon", "hepatic vessel", "bladder", "prostate", "uterus"),
+    "abdomen": (
+        "abdomen",
+        "liver",
+        "kidney",
+        "spleen",
+        "pancreas",
+        "colon",
+        "hepatic vessel",
+        "bladder",
+        "prostate",
+        "uterus",
+    ),
     "chest": ("chest", "lung", "breast", "heart"),
     "head": ("brain", "head"),
     "neck": ("neck", "nasopharynx"),
