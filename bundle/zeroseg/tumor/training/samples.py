@@ -74,11 +74,13 @@ class Sampling:
             ``size_multiple``. None: that which is nearest to 144 mm.
         grown: chance that a lesion is grown into a real volume, see :mod:`lesions`.
         scales: between which the working spacing is drawn, as shares of the backbone's.
+        readers: processes that read and encode beside the one that trains; 0: that one does it, as a GPU needs it.
     """
 
     crop: int | None = None
     grown: float = 0.0
     scales: tuple[float, float] = (0.8, 1.2)
+    readers: int = 0
 
 
 class CaseReader:

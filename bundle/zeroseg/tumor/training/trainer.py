@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
@@ -137,27 +139,34 @@ class AdapterTrainer:
     def train(self) -> None:
         """Descend from the last checkpoint on, or from the start; the result is the running average of the weights."""
         schedule, optimizer = self.schedule, AdamW(self.adapters.parameters(), betas=(0.9, 0.98), weight_decay=0.02)
-        step = self._resume(optimizer)
-        if step >= schedule.steps:
+        start = self._resume(optimizer)
+        if start >= schedule.steps:
             return
         self.calibrate()
         pools = phantoms_and_real(self.cases)
         begin, limit = time.monotonic(), 60 * (schedule.minutes or math.inf)
         mean: dict[str, float] = {}
-        bar = tqdm(range(step, schedule.steps), initial=step, total=schedule.steps, desc="training", mininterval=10)
-        for step in bar:
+        examples = DataLoader(
+            _Examples(self, pools),
+            batch_size=None,
+            sampler=range(start * schedule.batch, schedule.steps * schedule.batch),
+            num_workers=self.reader.sampling.readers,
+        )
+        steps = batched(examples, schedule.batch)
+        bar = tqdm(steps, initial=start, total=schedule.steps, desc="training", mininterval=10)
+        for step, batch in enumerate(bar, start):
             elapsed = time.monotonic() - begin
             if elapsed > limit:
+                self._save_checkpoint(optimizer, step)
                 break
-            # A generator per step, so that a resumed run draws what a whole one would.
-            rng = np.random.default_rng([self.seed, step])
+            rng = np.random.default_rng([self.seed, step, 1])
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr * schedule.rate(step, max(step / schedule.steps, elapsed / limit))
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(
                 self.backbone.device.type, self.backbone.dtype, enabled=self.backbone.dtype != torch.float32
             ):
-                terms = self._step(pools, rng)
+                terms = self._step(batch, rng)
             sum(self.weights[key] * term for key, term in terms.items()).backward()
             torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
             optimizer.step()
@@ -201,18 +210,12 @@ class AdapterTrainer:
         torch.save(parts, part)
         part.replace(self.work / "adapters.pt")
 
-    def _draw(self, pools: list[list[TrainingCase]], rng: np.random.Generator) -> TrainingCase:
-        phantoms, real = pools
-        pool = real if real and (not phantoms or rng.random() < self.schedule.real_share) else phantoms
-        weights = np.array([case.weight for case in pool])
-        return pool[rng.choice(len(pool), p=weights / weights.sum())]
-
-    def _step(self, pools: list[list[TrainingCase]], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The mean terms of ``batch`` cases, read anew and changed at random."""
+    def _step(self, batch: Sequence[Example], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The mean terms of some examples."""
         total: dict[str, Tensor] = {}
-        for _ in range(self.schedule.batch):
-            terms = self._terms(self.reader.read(self._draw(pools, rng), rng), rng)
-            total = {name: total.get(name, 0) + term / self.schedule.batch for name, term in terms.items()}
+        for example in batch:
+            for name, term in self._terms(example, rng).items():
+                total[name] = total.get(name, 0) + term / len(batch)
         return total
 
     def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -279,6 +282,31 @@ class AdapterTrainer:
             "text_encoder": self.encoder.fingerprint,
             "loss": self.log[:: max(1, len(self.log) // 60)],
         }
+
+
+def batched(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Lists of ``size`` of them; a rest is left out."""
+    found = iter(examples)
+    while len(batch := list(islice(found, size))) == size:
+        yield batch
+
+
+class _Examples(Dataset):
+    """Cases drawn at random, read anew and changed at random; a number always gives the same, so that a resumed run sees what a
+    whole one would."""
+
+    def __init__(self, trainer: AdapterTrainer, pools: list[list[TrainingCase]]):
+        self.reader, self.pools, self.seed = trainer.reader, pools, trainer.seed
+        self.real_share = trainer.schedule.real_share
+        self.shares = [np.array([case.weight for case in pool]) / sum(case.weight for case in pool) for pool in pools]
+
+    @torch.inference_mode()
+    def __getitem__(self, number: int) -> Example:
+        rng = np.random.default_rng([self.seed, number])
+        phantoms, real = self.pools
+        kind = int(bool(real) and (not phantoms or rng.random() < self.real_share))
+        case = self.pools[kind][rng.choice(len(self.pools[kind]), p=self.shares[kind])]
+        return self.reader.read(case, rng)
 
 
 def _read_json(path: Path) -> dict:
