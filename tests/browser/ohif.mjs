@@ -122,13 +122,13 @@ async function run(page, { run: model, options, stop }) {
 
 /** Do what sends a request, and give it up. */
 async function stopped(page, act) {
-  const line = page.getByText('click here to stop');
+  const line = page.getByText(/step \d+ of .* \(click here to stop\)/);
   const failed = page.waitForEvent('requestfailed', r => r.url().includes('/infer/'));
   await act();
   const notice = await line.innerText(); // waits for it
   await line.click();
   const request = await failed;
-  await line.waitFor({ state: 'detached' });
+  await page.locator('#zeroseg-message').waitFor({ state: 'detached' });
   return { status: 0, url: request.url(), notice };
 }
 

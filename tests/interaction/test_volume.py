@@ -191,6 +191,24 @@ def test_clicks_and_boxes_reach_the_slice_as_column_and_row():
         assert np.array_equal(result.labels.astype(bool), expected)
 
 
+def test_a_box_and_clicks_by_the_rules(tiny):
+    """The box bounds every slice; a click counts in its own, a background click where nothing else was clicked too."""
+    volume = np.random.default_rng(0).random((1, 8, 9, 7)).astype(np.float32)
+    volume[:, 2:6, 2:7, 2:6] += 2
+    box = [1, 1, 2, 6, 7, 5]
+    outside = np.ones(volume.shape[1:], bool)
+    outside[1:7, 1:8, 2:6] = False
+    plain = tiny(refiner="rules").segment(volume, box=box)
+    for points, labels in (([[3, 4, 4]], [1]), ([[3, 4, 4]], [0]), ([[3, 4, 4], [4, 5, 6]], [0, 1])):
+        result = tiny(refiner="rules").segment(volume, "points", points=points, labels=labels, box=box)
+        assert [int(result.labels[tuple(p)]) for p in points] == labels and result.rule == "points"
+        clicked = np.zeros(outside.shape, bool)
+        clicked[tuple(np.transpose(points))] = True
+        assert not result.labels[outside & ~clicked].any()
+        others = [k for k in range(2, 6) if k not in {p[2] for p in points}]
+        assert np.array_equal(result.labels[:, :, others], plain.labels[:, :, others])
+
+
 def test_segments_keep_their_label_through_the_slices():
     first, second = ball((5, 6, 10), 4.5), ball((13, 17, 14), 5.5)
     result = Threshold().segment((first | second)[None].astype(np.float32), "segments")

@@ -57,13 +57,10 @@ def segment_volume(
     volume = torch.as_tensor(np.asarray(volume)) if not isinstance(volume, Tensor) else volume.as_subclass(Tensor)
     prompts = check_prompts(volume.shape[1:], select or inferer.select, **prompt)
     walk = _Walk(inferer, volume if prepared else prepare(volume), axis)
+    if prompts.rule in ("points", "box") and prompts.box is not None:
+        return walk.within(prompts)
     if prompts.rule == "points":
         return walk.follow(prompts)
-    if prompts.rule == "box" and prompts.box is not None:
-        low, high = round(prompts.box[axis]), round(prompts.box[axis + 3])
-        # (row, column) order of the slice.
-        flat = [v for i, v in enumerate(prompts.box) if i % 3 != axis]
-        return walk.each(range(low, high + 1), "box", box=[flat[1], flat[0], flat[3], flat[2]])
     text = prompts.text if prompts.rule == "text" else ", ".join(prompts.nouns) or None
     return walk.each(range(walk.count), prompts.rule, len(prompts.nouns), **({} if text is None else {"text": text}))
 
@@ -110,36 +107,61 @@ class _Walk:
         result.notes += dict.fromkeys(note for r in results.values() for note in r.notes if told)
         return result
 
+    def _marks(self, prompts: Prompts) -> dict[int, dict[str, Any]]:
+        """Slice -> the clicks, strokes and part of a mask in it, as ``predict`` takes them."""
+        marks: dict[int, dict[str, Any]] = {}
+        for click, kind in zip(prompts.points, prompts.labels, strict=True):
+            row, column = (v for i, v in enumerate(click) if i != self.axis)
+            here = marks.setdefault(round(click[self.axis]), {})
+            here.setdefault("points", []).append([column, row])
+            here.setdefault("labels", []).append(kind)
+        for name, array in (("scribbles", prompts.scribbles), ("mask", prompts.mask)):
+            if array is not None:
+                for k, part in enumerate(np.moveaxis(array, self.axis, 0)):
+                    if part.any():
+                        marks.setdefault(k, {})[name] = part
+        return marks
+
+    def within(self, prompts: Prompts) -> Segmentation:
+        """Segment each slice of a box by the box and by the marks in that slice."""
+        assert prompts.box is not None
+        marks = self._marks(prompts)
+        low, high = round(prompts.box[self.axis]), round(prompts.box[self.axis + 3])
+        # (row, column) order of the slice.
+        flat = [v for i, v in enumerate(prompts.box) if i % 3 != self.axis]
+        box = [flat[1], flat[0], flat[3], flat[2]]
+        for k in tqdm(range(low, high + 1), desc="slices", leave=False, disable=not self.inferer.progress):
+            self.inferer.pause(k - low, high + 1 - low)
+            here = marks.get(k, {})
+            self._keep(
+                k, self._collect(self.inferer.predict(self._encode(k), "points" if here else "box", box=box, **here))
+            )
+        result = self._result(prompts.rule, False, {})
+        # The user's word stands outside of the box as well.
+        for point, kind in zip(prompts.points, prompts.labels, strict=True):
+            result.labels[tuple(round(v) for v in point)] = kind
+        return result
+
     def follow(self, prompts: Prompts) -> Segmentation:
         """Segment each slice that was clicked, scribbled on or is part of the mask given, then follow its object both ways
         until it ends or meets another such slice."""
-        by_slice: dict[int, list[tuple[list[float], int]]] = {}
-        for click, kind in zip(prompts.points, prompts.labels, strict=True):
-            in_slice = [v for i, v in enumerate(click) if i != self.axis]
-            by_slice.setdefault(round(click[self.axis]), []).append(([in_slice[1], in_slice[0]], kind))
-        drawn = {
-            name: np.moveaxis(array, self.axis, 0)
-            for name, array in (("scribbles", prompts.scribbles), ("mask", prompts.mask))
-            if array is not None
-        }
-        marked = {k for k, entries in by_slice.items() if any(kind for _, kind in entries)}
-        for array in drawn.values():
-            marked |= set((array == 1).any((1, 2)).nonzero()[0].tolist())
-        anchors = sorted(marked)
+        marks = self._marks(prompts)
+        anchors = sorted(
+            k
+            for k, here in marks.items()
+            if any(here.get("labels", ())) or "mask" in here or (here.get("scribbles", np.zeros(1)) == 1).any()
+        )
         reached = {}
         bar = tqdm(desc="slices", total=self.count, leave=False, disable=not self.inferer.progress)
         for k in anchors:
-            prompt = {name: array[k] for name, array in drawn.items() if array[k].any()}
-            if k in by_slice:
-                prompt |= {"points": [p for p, _ in by_slice[k]], "labels": [kind for _, kind in by_slice[k]]}
-            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", **prompt)))
+            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", **marks[k])))
             bar.update()
         for k in anchors:
             for step in (-1, 1):
                 before = self.labels[k] > 0
                 at = k + step
                 while 0 <= at < self.count and at not in anchors:
-                    avoid = [p for p, kind in by_slice.get(at, []) if not kind]
+                    avoid = marks.get(at, {}).get("points", [])
                     result = self._next(at, before, avoid)
                     if result is None:
                         break
