@@ -64,7 +64,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     fill_zeros(unet)
     save_text_encoder(folder / "text")
     autoencoder = build_autoencoder(config)
-    adapters = AovaAdapters(config["autoencoder"]["num_channels"], TEXT_DIM, deeper=(8,))
+    adapters = AovaAdapters(config["autoencoder"]["num_channels"], TEXT_DIM, hidden=2, context=((), (3,), (7,)))
     spread_margin(adapters, autoencoder, TextEncoder(folder / "text", device="cpu"))
     save_file(autoencoder.state_dict(), folder / "autoencoder.safetensors")
     save_file(unet.state_dict(), folder / "unet.safetensors")

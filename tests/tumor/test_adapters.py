@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroseg.tumor.adapters import ROLES, AovaAdapters, role_margin, top_mean
+from zeroseg.tumor.adapters import ROLES, AovaAdapters, local_mean, role_margin, top_mean
 
 CHANNELS, DIM = (4, 6, 8), 10
 
 
 def adapters(**options) -> AovaAdapters:
     torch.manual_seed(0)
-    return AovaAdapters(CHANNELS, DIM, **{"deeper": (12,), **options})
+    return AovaAdapters(CHANNELS, DIM, **{"hidden": 2, "context": ((3,), (3,), ()), **options})
 
 
 @pytest.fixture
@@ -40,21 +40,13 @@ def test_the_residual_ratio_is_the_papers(features):
         torch.testing.assert_close(mixed, 0.3 * full + 0.7 * raw[0].movedim(0, -1))
 
 
-def test_the_papers_own_t_is_two_linear_layers_on_the_voxel(features):
-    net = adapters(alpha=1.0, deeper=(), hidden=2)
+def test_without_context_t_is_two_linear_layers_on_the_voxel(features):
+    net = adapters(alpha=1.0, context=((), (), ()))
+    linear = [m for m in net.stages[0].adapt if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == 2 and linear[0].in_features == CHANNELS[0]
     changed = [f.clone() for f in features]
     changed[0][..., 0] += 1
     assert torch.equal(net.adapt(changed)[0][:, :, 1:], net.adapt(features)[0][:, :, 1:])
-    assert not torch.equal(net.adapt(changed)[0][:, :, 0], net.adapt(features)[0][:, :, 0])
-
-
-def test_surroundings_reach_far_whatever_the_shape(features):
-    """Coarser levels carry what lies beyond a voxel's neighbours; odd sides lose nothing."""
-    net = adapters(alpha=1.0, deeper=(8, 8))
-    changed = [f.clone() for f in features]
-    changed[2][..., -1] += 3
-    assert not torch.equal(net.adapt(changed)[0][:, :, 0], net.adapt(features)[0][:, :, 0])
-    assert [f.shape[:3] for f in net.adapt(features)] == [f.shape[2:] for f in features]
 
 
 def test_shapes_and_attention(features, prompts):
@@ -163,7 +155,18 @@ def test_roles_that_do_not_fit(features, prompts, roles, message):
 def test_wrong_options():
     with pytest.raises(ValueError, match="alpha must lie"):
         adapters(alpha=1.5)
+    with pytest.raises(ValueError, match="one list of cube sides per stage"):
+        adapters(context=((3,),))
     assert AovaAdapters(**adapters().options).options == adapters().options
+
+
+def test_local_mean_is_a_cube_mean():
+    values = torch.rand(1, 2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    mean = local_mean(values, 3)
+    torch.testing.assert_close(mean[0, 1, 2, 3, 4], values[0, 1, 1:4, 2:5, 3:6].mean())
+    torch.testing.assert_close(mean[0, 0, 0, 0, 0], values[0, 0, :2, :2, :2].mean())
+    whole = local_mean(values, 31)
+    torch.testing.assert_close(whole, values.mean((2, 3, 4), keepdim=True).expand_as(values))
 
 
 def test_role_margin_and_top_mean():

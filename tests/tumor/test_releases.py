@@ -49,7 +49,7 @@ def make(tiny_tumor_model):
 
     def build(release, **options) -> TumorSegmentationInferer:
         encoder = TextEncoder(tiny_tumor_model / "text", device="cpu")
-        adapters = AovaAdapters((4, 8, 8), encoder.dim, deeper=(8,))
+        adapters = AovaAdapters((4, 8, 8), encoder.dim, hidden=2, context=((), (3,), (3,)))
         torch.nn.init.constant_(adapters.bias, 1.0)
         settings = {"presence": 0, "steps": 2, "threshold": 0.4, **options}
         return TumorSegmentationInferer(backbone_of(release), encoder, adapters, **settings)
@@ -176,7 +176,7 @@ def test_adapters_for_a_release_by_one_command(tmp_path, tiny_tumor_model):
             "variants": 1,
             "crop": 16,
             "fusion_volumes": 0,
-            "adapters": {"deeper": [8]},
+            "adapters": {"hidden": 2, "context": [[], [3], [3]]},
         }
     )
     parser.get_parsed_content("run")

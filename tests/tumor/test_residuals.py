@@ -54,7 +54,7 @@ def test_the_pixel_residual_ignores_scale_and_padding(volume):
 
 def test_the_feature_residual_is_the_change_of_the_margin():
     torch.manual_seed(0)
-    net = AovaAdapters((4, 6, 8), 10, hidden=2, deeper=())
+    net = AovaAdapters((4, 6, 8), 10, hidden=2, context=((), (), ()))
     features = [torch.randn(1, c, 8 >> n, 8 >> n, 8 >> n) for n, c in enumerate((4, 6, 8))]
     other = [f.clone() for f in features]
     other[0][..., :4] += torch.randn(1, 4, 1, 1, 1)

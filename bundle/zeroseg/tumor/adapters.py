@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,25 +72,33 @@ def check_roles(roles: Sequence[str], count: int) -> None:
 
 
 class StageAdapter(nn.Module):
-    """One stage's attention over prompts, and, in the paper's plain form, its adapter.
+    """One stage's adapter and its attention over prompts.
 
-    Features are standardised by fixed statistics (``center``, ``spread``) before anything else, because raw autoencoder
-    features differ in scale by orders of magnitude; they are measured once on training material (``calibrate``). That, and
-    the GELU between the two layers of T, are choices of ZeroSeg where the paper is silent.
+    Choices of ZeroSeg, where the paper is silent:
+      * ``T`` sees a voxel's features beside their mean and standard deviation in cubes around it (``context``), because
+        what makes a tumour one is how it differs from its surroundings, and a frozen encoder's early stages hardly look
+        there. ``context=()`` is the paper's plain form.
+      * Features are standardised by fixed statistics (``center``, ``spread``) before anything else, because raw
+        autoencoder features differ in scale by orders of magnitude; they are measured once on training material
+        (``calibrate``).
+      * GELU between the two layers of T; the hidden width is free.
 
     Args:
         channels: C_l of the stage.
         text_dim: of the prompt embeddings.
-        hidden: width between the two linear layers of T; 0: it has none, see ``Surroundings``.
+        alpha: residual ratio; at 0 the adapted features are the (standardised) input.
+        hidden: width between the two linear layers of T.
+        context: odd sides, in this stage's voxels, of the cubes whose mean and standard deviation T sees.
     """
 
-    def __init__(self, channels: int, text_dim: int, hidden: int):
+    def __init__(self, channels: int, text_dim: int, alpha: float, hidden: int, context: Sequence[int]):
         super().__init__()
-        self.channels = channels
+        self.channels, self.alpha, self.context = channels, alpha, tuple(context)
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("spread", torch.ones(channels))
-        if hidden:
-            self.adapt = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU(), nn.Conv3d(hidden, channels, 1))
+        self.adapt = nn.Sequential(
+            nn.Linear(channels * (1 + 2 * len(self.context)), hidden), nn.GELU(), nn.Linear(hidden, channels)
+        )
         middle = max(channels, text_dim // 2)
         self.text = nn.Sequential(
             nn.Linear(text_dim, middle), nn.GELU(), nn.LayerNorm(middle), nn.Linear(middle, channels)
@@ -112,78 +119,37 @@ class StageAdapter(nn.Module):
         shape = (1, -1, 1, 1, 1)
         return (features - self.center.view(shape)) / self.spread.view(shape)
 
+    def surroundings(self, features: Tensor) -> Tensor:
+        """(1, C, X, Y, Z) standardised features -> (1, C (1 + 2 cubes), X, Y, Z) with mean and spread of the cubes."""
+        parts = [features]
+        with torch.autocast(features.device.type, enabled=False):  # a difference of squares does not survive bf16
+            for side in self.context:
+                mean = local_mean(features, side)
+                parts += [mean, (local_mean(features.square(), side) - mean.square()).clamp_min(0).add(1e-4).sqrt()]
+        return torch.cat(parts, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(1, C, X, Y, Z) raw stage features -> (X, Y, Z, C) adapted ones, F'."""
+        plain = self.standardise(features)
+        if self.alpha == 0:
+            return plain[0].movedim(0, -1)
+        adapted = self.adapt(self.surroundings(plain)[0].movedim(0, -1))
+        return self.alpha * adapted + (1 - self.alpha) * plain[0].movedim(0, -1)
+
     def logits(self, adapted: Tensor, prompts: Tensor) -> Tensor:
         """(X, Y, Z, C) F' and (N, d) prompts -> (N, X, Y, Z), Q K^T / sqrt(C)."""
         keys = self.key(self.text(prompts))
         return (self.query(adapted) @ keys.T / math.sqrt(self.channels)).movedim(-1, 0)
 
 
-class Norm(nn.Module):
-    """Features of every voxel brought to unit root mean square: unlike a group norm it knows no window, so a crop and the
-    whole volume are seen alike."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.gain
-
-
-class Block(nn.Module):
-    """Two convolutions of 3 voxels and a residual."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            Norm(channels),
-            nn.Conv3d(channels, channels, 3, padding=1),
-            nn.GELU(),
-            nn.Conv3d(channels, channels, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class Surroundings(nn.Module):
-    """T of all stages at once: a small U-Net over their standardised features.
-
-    The paper's T sees a voxel alone. A tumour is one by what is around it, and the same grey is a lesion here and an organ there:
-    coarser levels below the encoder's own look far, finer ones say where the border is.
-
-    Args:
-        channels: of the encoder's stages, finest first.
-        deeper: channels of the levels below the coarsest stage, each half as fine.
-    """
-
-    def __init__(self, channels: Sequence[int], deeper: Sequence[int]):
-        super().__init__()
-        widths = [*channels, *deeper]
-        self.enter = nn.ModuleList(nn.Conv3d(c, c, 1) for c in channels)
-        self.down = nn.ModuleList(
-            nn.Sequential(Block(a), Norm(a), nn.Conv3d(a, b, 2, stride=2))
-            for a, b in pairwise(widths[len(channels) - 1 :])
-        )
-        self.bottom = Block(widths[-1])
-        self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(widths))
-        # At full size, where a convolution costs as much as all else together, the sum is enough.
-        self.merge = nn.ModuleList([nn.Identity(), *(Block(a) for a in widths[1:-1])])
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per stage (1, C_l, X_l, Y_l, Z_l) standardised features -> the same shapes. Sides that do not halve evenly are
-        padded for the deeper levels."""
-        levels = [enter(f) for enter, f in zip(self.enter, features, strict=True)]
-        for down in self.down:
-            short = [v for n in reversed(levels[-1].shape[2:]) for v in (0, n % 2)]
-            levels.append(down(F.pad(levels[-1], short, mode="replicate")))
-        x = self.bottom(levels[-1])
-        out = []
-        for level in reversed(range(len(self.up))):
-            x = F.interpolate(self.up[level](x), levels[level].shape[2:], mode="trilinear", align_corners=False)
-            x = self.merge[level](x + levels[level])
-            out.append(x)
-        return out[::-1][: len(features)]
+def local_mean(features: Tensor, side: int) -> Tensor:
+    """(1, C, X, Y, Z) mean over a cube of odd ``side`` around every voxel, the cube cut off at the borders."""
+    for axis in (2, 3, 4):  # a cube's mean is the mean of lines' means, and those are one matrix product
+        place = torch.arange(features.shape[axis], device=features.device)
+        band = ((place[:, None] - place).abs() <= side // 2).to(features.dtype)
+        band = band / band.sum(1, keepdim=True)
+        features = (features.movedim(axis, -1) @ band.T).movedim(-1, axis)
+    return features
 
 
 class AovaAdapters(nn.Module):
@@ -204,9 +170,9 @@ class AovaAdapters(nn.Module):
         channels: of the encoder's stages.
         text_dim: of the prompt embeddings.
         alpha: residual ratio of the adapters; unknown in the paper, 0.1 in a third-party account.
-        hidden: width of a linear T per stage as a multiple of its channels.
-        deeper: channels of the levels that ``Surroundings`` adds below the coarsest stage. (): T is the paper's, two linear
-            layers a stage, and ``hidden`` their width.
+        hidden: width of T per stage as a multiple of its channels.
+        context: per stage, sides of the cubes T also sees; none at full resolution, where they cost most and the
+            coarser stages see further anyway.
         top_ml: millilitres that decide about the image: about the smallest lesion worth showing. A share of the volume would
             let the field of view decide, a number of voxels their size.
     """
@@ -217,27 +183,29 @@ class AovaAdapters(nn.Module):
         text_dim: int = 64,
         alpha: float = 0.1,
         hidden: int = 4,
+        context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
         top_ml: float = 20 * VOXEL_ML,
-        deeper: Sequence[int] = (96, 128),
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+        if len(context) != len(channels):
+            raise ValueError("context needs one list of cube sides per stage")
         self.options: dict[str, Any] = {
             "channels": list(channels),
             "text_dim": text_dim,
             "alpha": alpha,
             "hidden": hidden,
+            "context": [list(c) for c in context],
             "top_ml": top_ml,
-            "deeper": list(deeper),
         }
         self.top_ml = top_ml
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
         self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
         self.sha256: str | None = None  # of the file they were loaded from
-        self.alpha = alpha
-        self.surroundings = Surroundings(channels, deeper) if deeper else None
-        self.stages = nn.ModuleList(StageAdapter(c, text_dim, 0 if deeper else hidden * c) for c in channels)
+        self.stages = nn.ModuleList(
+            StageAdapter(c, text_dim, alpha, hidden * c, around) for c, around in zip(channels, context, strict=True)
+        )
         self.pool = nn.ModuleList(nn.Linear(c, text_dim) for c in channels)
         self.log_temperature = nn.Parameter(torch.zeros(len(channels)))
         self.bias = nn.Parameter(torch.tensor(-2.0))  # tumours are rare: an untrained margin says no
@@ -272,13 +240,7 @@ class AovaAdapters(nn.Module):
 
     def adapt(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Raw stage features -> F' per stage as (X_l, Y_l, Z_l, C_l). It knows no prompt, so many can share it."""
-        plain = [stage.standardise(values) for stage, values in zip(self.stages, features, strict=True)]
-        if self.surroundings is None:
-            seen = [stage.adapt(values) for stage, values in zip(self.stages, plain, strict=True)]
-        else:
-            seen = self.surroundings(plain)
-        mixed = [self.alpha * t + (1 - self.alpha) * f for t, f in zip(seen, plain, strict=True)]
-        return tuple(f[0].movedim(0, -1) for f in mixed)
+        return tuple(stage(values) for stage, values in zip(self.stages, features, strict=True))
 
     def attend(
         self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES, voxel_ml: float = VOXEL_ML

@@ -1,7 +1,9 @@
-"""From cases to what a training step sees: parts of volumes, changed at random, through the frozen encoder."""
+"""From cases to what a training step sees: volumes through the frozen encoder, and voxels of them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.errors import ZeroSegError
 from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.training.cases import TrainingCase
-from zeroseg.tumor.training.lesions import grow_lesion
 
 CROP_MM = 144.0
 """Side of what is trained on at once: 48 voxels of the embedded model."""
-KEPT_BYTES = 2**31
-"""Of volumes that are read once and kept."""
 
 
 @dataclass
@@ -32,6 +33,23 @@ class Example:
     target: Tensor
     case: TrainingCase
     voxel_ml: float = VOXEL_ML
+
+
+@dataclass
+class VoxelSamples:
+    """V voxels of each of S readings of cases.
+
+    Attributes:
+        inputs: per stage (S, V, inputs of T) float16: what that stage's adapter sees at the coarse voxel around each.
+        target: (S, V) bool.
+        weight: (S, V) how many voxels of the volume each stands for, as a share; adds up to 1 over V.
+        cases: S cases.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    weight: Tensor
+    cases: list[TrainingCase]
 
 
 def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
@@ -70,16 +88,16 @@ class Sampling:
     """How cases become samples.
 
     Attributes:
+        voxels: kept of every case for the first phase.
+        variants: augmented readings of every real volume; phantoms get one each.
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's
             ``size_multiple``. None: that which is nearest to 144 mm.
-        grown: chance that a lesion is grown into a real volume, see :mod:`lesions`.
-        scales: between which the working spacing is drawn, as shares of the backbone's.
-        readers: processes that read and encode beside the one that trains; 0: that one does it, as a GPU needs it.
+        readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
     """
 
+    voxels: int = 500
+    variants: int = 8
     crop: int | None = None
-    grown: float = 0.0
-    scales: tuple[float, float] = (0.8, 1.2)
     readers: int = 0
 
 
@@ -104,14 +122,12 @@ class CaseReader:
             raise ZeroSegError(f"crop must be a multiple of {step}, not {crop}")
         self.backbone, self.sampling, self.seed = backbone, replace(sampling, crop=crop), seed
         self.crop = crop
-        self._loaded: dict[Path, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
         """One case through the frozen encoder; with a generator, augmented."""
-        values, affine, mask = self._load(case)
+        values, affine, mask = case.load()
         backbone = self.backbone
-        low, high = self.sampling.scales
-        scale = float(np.exp(rng.uniform(np.log(low), np.log(high)))) if rng is not None else 1.0
+        scale = rng.uniform(0.8, 1.2) if rng is not None and case.real else 1.0
         prepared = prepare(
             values,
             affine,
@@ -124,20 +140,91 @@ class CaseReader:
         volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
             volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
-            if case.real and rng.random() < self.sampling.grown:
-                found = grow_lesion(volume[0, 0].numpy(), prepared.spacing, rng, case.modality)
-                if found is not None:
-                    volume, target = torch.from_numpy(found[0])[None, None], target | torch.from_numpy(found[1])
         features = self.backbone.read(volume).features
         return Example(tuple(f.cpu() for f in features), target, case, math.prod(prepared.spacing) / 1000)
 
-    def _load(self, case: TrainingCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        found = self._loaded.get(case.image)
-        if found is None:
-            found = case.load()
-            if sum(parts[0].nbytes for parts in self._loaded.values()) + found[0].nbytes < KEPT_BYTES:
-                self._loaded[case.image] = found
-        return found
+    def jobs(self, cases: Sequence[TrainingCase]) -> list[tuple[TrainingCase, int, int]]:
+        """(case, its number, number of the variant) for every reading."""
+        variants = self.sampling.variants
+        return [(case, i, n) for i, case in enumerate(cases) for n in range(variants if case.real else 1)]
+
+    def read_job(self, job: tuple[TrainingCase, int, int]) -> Example:
+        """One reading, augmented; the same whenever it is read."""
+        case, i, n = job
+        return self.read(case, np.random.default_rng([self.seed, i, n]))
+
+    def draw(self, example: Example, adapters: AovaAdapters, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Some voxels of a case: two fifths of them of the lesion where there is one, the others from anywhere.
+
+        Returns:
+            Target, weight and the inputs of every stage, as a row of ``VoxelSamples``.
+        """
+        voxels = self.sampling.voxels
+        flat = example.target.flatten().numpy()
+        inside = np.flatnonzero(flat)
+        count = voxels * 2 // 5 if len(inside) else 0
+        outside = np.flatnonzero(~flat)
+        chosen = np.concatenate([rng.choice(inside, count), rng.choice(outside, voxels - count)]).astype(np.int64)
+        shares = [len(inside) / max(count, 1), len(outside) / (voxels - count)]
+        weight = np.repeat(shares, [count, voxels - count])
+        place = np.stack(np.unravel_index(chosen, example.target.shape))
+        inputs = []
+        for level, (stage, features) in enumerate(zip(adapters.stages, example.features, strict=True)):
+            seen = stage.surroundings(stage.standardise(features.to(self.backbone.device, torch.float32)))[0].cpu()
+            inputs.append(seen[(slice(None), *torch.from_numpy(place >> level))].T.half())
+        return torch.from_numpy(flat[chosen]), torch.from_numpy(weight / flat.size).float(), *inputs
+
+    def samples(self, cases: Sequence[TrainingCase], adapters: AovaAdapters, kept: Path) -> VoxelSamples:
+        """Voxels of all cases; of real ones several times, augmented anew.
+
+        Args:
+            cases: trained on.
+            adapters: calibrated; they say what is seen of a voxel.
+            kept: file the samples are kept in for the next run.
+        """
+        jobs = self.jobs(cases)
+        rows, key = [case for case, _, _ in jobs], self._key(jobs, adapters)
+        if kept.is_file():
+            saved = torch.load(kept, weights_only=True, mmap=True)
+            if saved["key"] == key:
+                target, weight, *inputs = saved["columns"]
+                return VoxelSamples(tuple(inputs), target, weight, rows)
+        columns: list[Tensor] = []
+        loader = DataLoader(_Readings(self, jobs, adapters), batch_size=None, num_workers=self.sampling.readers)
+        for row, parts in enumerate(tqdm(loader, desc="reading", mininterval=10)):
+            columns = columns or [torch.empty((len(jobs), *part.shape), dtype=part.dtype) for part in parts]
+            for column, part in zip(columns, parts, strict=True):
+                column[row] = part
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"key": key, "columns": columns}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+        return VoxelSamples(tuple(columns[2:]), columns[0], columns[1], rows)
+
+    def _key(self, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters) -> str:
+        """Of all that decides what ``samples`` reads."""
+        stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
+        decisive = [stems, self.seed, self.sampling.voxels, self.sampling.crop, adapters.options]
+        digest = hashlib.sha256(json.dumps(decisive).encode())
+        digest.update(self.backbone.fingerprint.encode())
+        for stage in adapters.stages:
+            digest.update(stage.center.cpu().numpy().tobytes() + stage.spread.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Readings(Dataset):
+    """Rows of ``VoxelSamples``, one per job."""
+
+    def __init__(self, reader: CaseReader, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters):
+        self.reader, self.jobs, self.adapters = reader, jobs, adapters
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    @torch.inference_mode()
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        job = self.jobs[index]
+        rng = np.random.default_rng([self.reader.seed, *job[1:], 1])
+        return self.reader.draw(self.reader.read_job(job), self.adapters, rng)
 
 
 def calibrate(adapters: AovaAdapters, examples: Sequence[Example], seed: int) -> None:
