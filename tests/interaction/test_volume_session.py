@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,15 @@ from monai.data import MetaTensor
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, cube_around, see, see_inside, unsee
-from zeroseg.interaction.volume_session import VolumeEvent, VolumeSession, VolumeSessions, mend_volume, spacing_of
+from zeroseg.interaction.volume_session import (
+    FEW,
+    VolumeEvent,
+    VolumeSession,
+    VolumeSessions,
+    _away,
+    mend_volume,
+    spacing_of,
+)
 
 SHAPE = (40, 44, 36)
 FIRST, SECOND = ((14, 16, 17), (7, 8, 6)), ((29, 30, 18), (7, 6, 8))
@@ -214,6 +224,28 @@ def test_cost_follows_the_object_and_not_the_scan():
     start[100:120, 100:120, 20:24] = True
     answer = session.answer([VolumeEvent(((110, 110, 25, 1),))], start)
     assert answer.mask.size < 0.1 * start.size
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_the_memory_of_a_correction_is_a_few_numbers_a_voxel(kind):
+    before = np.zeros((120, 110, 80), bool)
+    before[20:90, 20:90, 20:60] = True
+    proposed = np.stack([before ^ (np.arange(80) > 50)] * 3)
+    at = [50, 50, 70] if kind == 1 else [50, 50, 55]
+    marks = np.array([[50, 50, 30, 1], [5, 5, 5, 2], [*at, kind]])
+    tracemalloc.start()
+    masks = mend_volume(before, proposed, marks[-1:], marks, (0.8, 0.8, 2.5), 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (masks[:, *at] == (kind == 1)).all() and (masks != before).any()
+    assert peak < 50 * before.size, peak / before.size
+
+
+def test_distances_to_few_marks_are_those_of_the_transform():
+    places = np.random.default_rng(0).integers(0, (20, 18, 7), (FEW + 1, 3))
+    whole = _away((20, 18, 7), places, (0.5, 1.0, 3.0))
+    parts = [_away((20, 18, 7), some, (0.5, 1.0, 3.0)) for some in (places[:FEW], places[FEW:])]
+    np.testing.assert_allclose(np.minimum(*parts), whole)
 
 
 def test_who_waits_no_more_stops_it():

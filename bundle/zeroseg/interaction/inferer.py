@@ -446,9 +446,7 @@ class AttentionSegmentationInferer(Inferer):
         if clicked and not single and self.refiner == "head":
             return self._clicked_volume(image, prompts, prepared, affine)
         # The head for images has not learned how an object goes on from slice to slice.
-        return segment_volume(
-            self if single else self.replace(refiner="rules"), image, select, prepared=prepared, **prompt
-        )
+        return segment_volume(self if single else self.replace(refiner="rules"), image, prompts, prepared)
 
     def _clicked_volume(
         self, image: Tensor | np.ndarray, prompts: Prompts, prepared: bool, affine: np.ndarray | None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from zeroseg.attention.linking import link_slices
 from zeroseg.attention.prepare import prepare
-from zeroseg.interaction.prompts import Prompts, check_prompts
+from zeroseg.interaction.prompts import Prompts
 from zeroseg.segmentation import Segmentation
 
 FOLLOW_DICE = 0.4
@@ -24,7 +24,6 @@ FOLLOW_GROWTH = 2.0
 class SliceInferer(Protocol):
     """What a walk through a volume needs of the 2-D inferer."""
 
-    select: str | None
     slice_axis: int
     progress: bool
 
@@ -41,21 +40,19 @@ class SliceInferer(Protocol):
 def segment_volume(
     inferer: SliceInferer,
     volume: Tensor | np.ndarray,
-    select: str | None = None,
+    prompts: Prompts,
     prepared: bool = False,
-    **prompt: Any,
 ) -> Segmentation:
-    """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; prompts are in voxel indices, see ``check_prompts``.
+    """Segment (C, X, Y, Z) along the inferer's ``slice_axis``; the prompts were checked for the volume.
 
     Contrast is stretched once over the whole volume, so that an empty slice stays empty; ``prepared`` says that ``prepare``
     did it already. The backbone runs once per slice that the rule needs.
 
     Raises:
-        ZeroSegError: as ``check_prompts`` and ``prepare``.
+        ZeroSegError: as ``prepare``.
     """
     axis = inferer.slice_axis % 3
     volume = torch.as_tensor(np.asarray(volume)) if not isinstance(volume, Tensor) else volume.as_subclass(Tensor)
-    prompts = check_prompts(volume.shape[1:], select or inferer.select, **prompt)
     walk = _Walk(inferer, volume if prepared else prepare(volume), axis)
     if prompts.rule in ("points", "box") and prompts.box is not None:
         return walk.within(prompts)

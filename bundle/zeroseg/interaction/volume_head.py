@@ -32,6 +32,8 @@ CHANNELS = (
 """What each input channel holds."""
 REFERENCES = 8
 """Marked cells of a kind that values are compared with; strokes are thinned to so many."""
+SLAB = 1 << 20
+"""Voxels for which values are worked out at a time."""
 
 
 class _Residual(nn.Module):
@@ -165,7 +167,14 @@ def unsee(cells: Tensor, cube: Cube, shape: Sequence[int]) -> Tensor:
     for axis, part in enumerate(cube.part(shape)):
         at = torch.arange(part.start, part.stop) + 0.5
         axes.append((at - cube.low[axis]) / cube.sides[axis] * 2 - 1)
-    return F.grid_sample(cells[None], _grid(axes), mode="bilinear", padding_mode="border", align_corners=False)[0]
+    out = torch.empty(len(cells), *map(len, axes))
+    # Slab by slab: the grid of a whole scan would take as much memory as its values.
+    thick = max(1, SLAB // max(1, len(axes[1]) * len(axes[2])))
+    for start in range(0, len(axes[0]), thick):
+        grid = _grid([axes[0][start : start + thick], *axes[1:]])
+        slab = F.grid_sample(cells[None], grid, mode="bilinear", padding_mode="border", align_corners=False)
+        out[:, start : start + thick] = slab[0]
+    return out
 
 
 def _grid(axes: Sequence[Tensor]) -> Tensor:

@@ -56,7 +56,8 @@ BEGINNING = 0.5
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
-
+FEW = 8
+"""Marks to which distances are measured one by one."""
 
 VOLUME_HEAD = MODELS / "interaction_volume"
 SESSION_BYTES = 512 << 20
@@ -472,11 +473,10 @@ class VolumeSession:
 
     def _answer(self, cube: Cube, logits: Tensor, quality: Tensor, marks: np.ndarray, shown: int) -> VolumeAnswer:
         part = cube.part(self.shape)
-        full = unsee(logits, cube, self.shape).numpy()
+        full = unsee(logits, cube, self.shape)
         local = _local(marks, part)
-        masks = np.stack([_keep_marked(_obey(one > 0, local), local) for one in full])
-        probability = 1 / (1 + np.exp(-full[shown]))
-        return VolumeAnswer(part, masks, probability.astype(np.float16), tuple(quality.tolist()), shown)
+        masks = np.stack([_keep_marked(_obey((one > 0).numpy(), local), local) for one in full])
+        return VolumeAnswer(part, masks, full[shown].sigmoid().half().numpy(), tuple(quality.tolist()), shown)
 
     # Corrections -------------------------------------------------------------------------------------------------------
 
@@ -487,12 +487,14 @@ class VolumeSession:
         shape = tuple(s.stop - s.start for s in part)
         old = np.zeros(shape, bool)
         old[_within(before.part, part)] = before.mask
-        full = np.full((CANDIDATES, *shape), np.nan, np.float32)
-        full[(slice(None), *_within(cube.part(self.shape), part))] = unsee(logits, cube, self.shape).numpy()
-        proposed = np.where(np.isnan(full), old, full > 0)
-        shown = int(quality.argmax())
+        shown, seen = int(quality.argmax()), _within(cube.part(self.shape), part)
+        full = unsee(logits, cube, self.shape)
+        proposed = np.repeat(old[None], CANDIDATES, 0)
+        proposed[(slice(None), *seen)] = (full > 0).numpy()
+        probability = np.zeros(shape, np.float16)
+        probability[seen] = full[shown].sigmoid().half().numpy()
+        del full
         masks = mend_volume(old, proposed, _local(newest, part), _local(marks, part), self.spacing, len(marks))
-        probability = np.where(np.isnan(full[shown]), 0, 1 / (1 + np.exp(-full[shown]))).astype(np.float16)
         return VolumeAnswer(part, masks, probability, tuple(quality.tolist()), shown)
 
 
@@ -531,7 +533,10 @@ def mend_volume(
             allowed = allowed & (away <= _away(before.shape, others, spacing))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
         depth = 0.0
-        if wanted[at].any():
+        if len(places) == 1 and wanted[at][0]:
+            ends = [s * min(p + 1, n - p) for p, n, s in zip(places[0].tolist(), before.shape, spacing, strict=True)]
+            depth = float(min(*ends, away.min(where=~wanted, initial=np.inf)))
+        elif wanted[at].any():
             padded = np.pad(wanted, 1)
             depth = float(ndimage.distance_transform_edt(padded, sampling=spacing)[1:-1, 1:-1, 1:-1][at].max())
         done = count if len(newest) == 1 else 1
@@ -552,6 +557,15 @@ def mend_volume(
 
 def _away(shape: Sequence[int], places: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Distance in mm of every voxel to the nearest of some."""
+    if len(places) <= FEW:
+        # The distance transform takes ten times the memory.
+        nearest = np.full(tuple(shape), np.inf)
+        for place in places:
+            x, y, z = (
+                ((np.arange(n) - p) * float(s)) ** 2 for n, p, s in zip(shape, place.tolist(), spacing, strict=True)
+            )
+            np.minimum(nearest, x[:, None, None] + y[:, None] + z, out=nearest)
+        return np.sqrt(nearest, out=nearest)
     elsewhere = np.ones(tuple(shape), bool)
     elsewhere[tuple(places.T)] = False
     return ndimage.distance_transform_edt(elsewhere, sampling=spacing)
