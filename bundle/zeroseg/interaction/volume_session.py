@@ -47,8 +47,6 @@ LARGEST_MM = 500.0
 """Side of the largest cube looked at, in mm, unless the marks lie further apart."""
 TRUST = 4.0
 """How much more an answer counts of which the head is surer: e to this times the estimated IoU."""
-FAR = 0.2
-"""Power of its volume by which an answer to a first click counts more: small ones agree with each other most easily."""
 ROOM = 1.5
 """A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
@@ -429,7 +427,7 @@ class VolumeSession:
         """Of all candidates of cubes of many widths around a place, the one that the others agree with most.
 
         Each says what it does of every place in a common set, finer near the middle; the Dice of two answers is weighted by how sure
-        the head is of the other one, and large ones are favoured a little.
+        the head is of the other one.
 
         Returns:
             its cube, the cube's logits and estimates, and which candidate it is.
@@ -458,8 +456,7 @@ class VolumeSession:
         common = (said * volumes) @ said.T
         total = common.diagonal()
         overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
-        agreed = overlap @ np.exp(TRUST * quality.numpy().ravel())
-        best = int((agreed * (total + 1e-9) ** FAR).argmax())
+        best = int((overlap @ np.exp(TRUST * quality.numpy().ravel())).argmax())
         k, c = divmod(best, CANDIDATES)
         return cubes[k], logits[k], quality[k], c
 
