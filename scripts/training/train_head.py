@@ -13,7 +13,6 @@ in use. One episode in four sees no attention, so that the same network serves a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,17 +21,15 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from skimage.morphology import skeletonize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from prompt_training import PromptTraining, export
 from scenes import Scene
 from zeroseg.attention.readout import Readout
-from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
 
 SIZE = 256
-TURNS = 4
 BATCH = 16
 AVERAGE = 0.998
 """Of the exponential moving average over steps that is exported."""
@@ -348,9 +345,10 @@ def draw_episode(items: list[dict], rng: np.random.Generator) -> Episode:
 
 
 def losses(
-    logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, marks: torch.Tensor, first: bool
+    logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x: torch.Tensor, first: bool
 ) -> dict[str, torch.Tensor]:
     """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU."""
+    marks = x[:, 3:5]
     one = target[:, None].float()
     t = one.expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
@@ -374,28 +372,10 @@ def losses(
     return {"shape": shape.mean(), "obey": obey.mean(), "quality": guess, "iou": iou}
 
 
-def export(work: Path, shards: Path, out: Path) -> None:
-    """The averaged weights and what made them, as the package loads them."""
-    out.mkdir(parents=True, exist_ok=True)
-    stored = torch.load(work / "state.pt", weights_only=True)
-    mean = AveragedModel(PromptHead(), multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    mean.load_state_dict(stored["mean"])
-    head = mean.module
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
-    # Files of safetensors are made private; these are to be read by everybody.
-    (out / "head.safetensors").chmod(0o644)
-    (out / "config.json").write_text(json.dumps({"widths": head.widths, "blocks": head.blocks}, indent=2) + "\n")
-    with open(work / "log.jsonl") as f:
-        log = [json.loads(line) for line in f]
-    about = {
-        "steps": stored["step"],
-        "batch": BATCH,
-        "scenes": len(Shards(shards).items),
-        "parameters": sum(p.numel() for p in head.parameters()),
-        "log": log,
-    }
-    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    write_sums(out)
+def seen(episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's input and the truth."""
+    inputs, truths = zip(*(e.input() for e in episodes), strict=True)
+    return torch.stack(inputs), torch.stack(truths)
 
 
 def main() -> int:
@@ -413,91 +393,38 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
-    if args.export is not None:
-        export(args.work, args.shards, args.export)
-        return 0
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     net = PromptHead()
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
-    step, state = 0, args.work / "state.pt"
-    if state.is_file():
-        stored = torch.load(state, weights_only=True)
-        net.load_state_dict(stored["net"])
-        mean.load_state_dict(stored["mean"])
-        optimizer.load_state_dict(stored["optimizer"])
-        step = stored["step"]
-    rng = np.random.default_rng([11, step])
     shards = Shards(args.shards)
-    start, log = time.monotonic(), {}
+    if args.export is not None:
+        export(mean, args.work, args.export, lambda stored: {"batch": BATCH, "scenes": len(shards.items)})
+        return 0
+    training = PromptTraining(net, mean, args.work, args.rate, {})
+    rng = np.random.default_rng([11, training.step])
+    start = time.monotonic()
 
-    def save() -> None:
-        partial = state.with_suffix(".part")
-        torch.save(
-            {"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-            partial,
-        )
-        partial.rename(state)
-        weights = {k: v.contiguous() for k, v in mean.module.state_dict().items()}
-        save_file(weights, str(args.work / "head.part"))
-        (args.work / "head.part").rename(args.work / "head.safetensors")
+    def left() -> float:
+        return min(1 - training.step / args.steps, 1 - (time.monotonic() - start) / (60 * args.minutes))
 
-    def rate() -> float:
-        left = min(1 - step / args.steps, 1 - (time.monotonic() - start) / (60 * args.minutes))
-        fall = min(1.0, left / 0.4)
-        return args.rate * min(1.0, (step + 1) / 200) * max(0.02, fall)
+    def noted() -> dict[str, int]:
+        known = len(shards.items)
+        shards.refresh()
+        return {"scenes": known}
 
-    while step < args.steps and time.monotonic() - start < 60 * args.minutes:
-        episodes = [draw_episode(shards.items, rng) for _ in range(BATCH)]
-        for turn in range(TURNS):
-            seen = [e.input() for e in episodes]
-            x = torch.stack([s[0] for s in seen])
-            target = torch.stack([s[1] for s in seen])
-            for group in optimizer.param_groups:
-                group["lr"] = rate()
-            logits, quality = net(x)
-            terms = losses(logits, quality, target, x[:, 3:5], turn == 0)
-            loss = terms["shape"] + 0.5 * terms["obey"] + 0.3 * terms["quality"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            mean.update_parameters(net)
-            step += 1
-            with torch.no_grad():
-                shown = quality.argmax(1)
-                got = terms["iou"].gather(1, shown[:, None]).mean()
-                facts = {
-                    "shape": terms["shape"],
-                    "obey": terms["obey"],
-                    "quality": terms["quality"],
-                    f"iou_{turn + 1}": got,
-                    f"best_{turn + 1}": terms["iou"].amax(1).mean(),
-                }
-                for name, value in facts.items():
-                    log.setdefault(name, []).append(float(value))
-            if turn < TURNS - 1:
-                for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
-                    episode.answer(given[k])
-        if step % 100 == 0:
-            line = {
-                "step": step,
-                "seconds": round(time.monotonic() - start),
-                "scenes": len(shards.items),
-                "rate": round(rate(), 6),
-            }
-            line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
-            log.clear()
-            print(json.dumps(line), flush=True)
-            with open(args.work / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            shards.refresh()
-        if step % 500 == 0:
-            save()
-    save()
+    training.run(
+        left=left,
+        draw=lambda: [draw_episode(shards.items, rng) for _ in range(BATCH)],
+        see=seen,
+        losses=losses,
+        warm_up=200,
+        decay=0.4,
+        log_every=100,
+        save_every=500,
+        noted=noted,
+    )
     return 0
 
 

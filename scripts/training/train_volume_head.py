@@ -14,7 +14,6 @@ The run resumes from ``--work``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,16 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from scipy import ndimage
 from torch.optim.swa_utils import AveragedModel
 
 from phantoms3d import make_volume
+from prompt_training import PromptTraining, export
 from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
-from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
 
-TURNS = 4
 BATCH = 8
 AVERAGE = 0.995
 """Of the exponential moving average over steps that is exported; shorter at first."""
@@ -294,28 +291,9 @@ def average(means: list[torch.Tensor], current: list[torch.Tensor], count: torch
     torch._foreach_lerp_(means, current, 1 - kept)
 
 
-def export(work: Path, out: Path) -> None:
-    """The averaged weights and what made them, as the package loads them."""
-    out.mkdir(parents=True, exist_ok=True)
-    stored = torch.load(work / "state.pt", weights_only=True)
-    mean = AveragedModel(VolumeHead(), multi_avg_fn=average)
-    mean.load_state_dict(stored["mean"])
-    head = mean.module
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
-    # Files of safetensors are made private; these are to be read by everybody.
-    (out / "head.safetensors").chmod(0o644)
-    (out / "config.json").write_text(json.dumps({"widths": head.widths, "blocks": head.blocks}, indent=2) + "\n")
-    with open(work / "log.jsonl") as f:
-        log = [json.loads(line) for line in f]
-    about = {
-        "steps": stored["step"],
-        "batch": BATCH,
-        "parameters": sum(p.numel() for p in head.parameters()),
-        "scans": stored["scans"],
-        "log": log,
-    }
-    (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
-    write_sums(out)
+def seen(episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's input and the truth."""
+    return torch.stack([e.input() for e in episodes]), torch.from_numpy(np.stack([e.truth for e in episodes]))
 
 
 def main() -> int:
@@ -329,78 +307,28 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
-    if args.export is not None:
-        export(args.work, args.export)
-        return 0
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     net = VolumeHead().to(memory_format=torch.channels_last_3d)
     mean = AveragedModel(net, multi_avg_fn=average)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, weight_decay=0.02)
-    step, state = 0, args.work / "state.pt"
-    if state.is_file():
-        stored = torch.load(state, weights_only=True)
-        net.load_state_dict(stored["net"])
-        mean.load_state_dict(stored["mean"])
-        optimizer.load_state_dict(stored["optimizer"])
-        step = stored["step"]
-    rng = np.random.default_rng([17, step])
+    if args.export is not None:
+        export(mean, args.work, args.export, lambda stored: {"batch": BATCH, "scans": stored["scans"]})
+        return 0
+    training = PromptTraining(net, mean, args.work, args.rate, {})
+    rng = np.random.default_rng([17, training.step])
     pool = Pool(rng, args.unlabelled)
-    scans = len(pool.scans)
+    training.facts["scans"] = len(pool.scans)
     start = time.monotonic()
-    log: dict[str, list[float]] = {}
-
-    def save() -> None:
-        partial = state.with_suffix(".part")
-        stored = {"net": net.state_dict(), "mean": mean.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**stored, "step": step, "scans": scans}, partial)
-        partial.rename(state)
-
-    def rate() -> float:
-        fall = min(1.0, 3 * (1 - (time.monotonic() - start) / (60 * args.minutes)))
-        return args.rate * min(1.0, (step + 1) / 100) * max(0.02, fall)
-
-    while time.monotonic() - start < 60 * args.minutes:
-        episodes = [Episode(pool, np.random.default_rng(rng.integers(2**62))) for _ in range(BATCH)]
-        target = torch.from_numpy(np.stack([e.truth for e in episodes]))
-        for turn in range(TURNS):
-            x = torch.stack([e.input() for e in episodes])
-            for group in optimizer.param_groups:
-                group["lr"] = rate()
-            logits, quality = net(x)
-            terms = losses(logits, quality, target, x, turn == 0)
-            loss = terms["shape"] + 0.5 * terms["obey"] + 0.3 * terms["quality"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            mean.update_parameters(net)
-            step += 1
-            with torch.no_grad():
-                shown = quality.argmax(1)
-                facts = {
-                    "shape": terms["shape"],
-                    "obey": terms["obey"],
-                    "quality": terms["quality"],
-                    f"iou_{turn + 1}": terms["iou"].gather(1, shown[:, None]).mean(),
-                    f"best_{turn + 1}": terms["iou"].amax(1).mean(),
-                }
-                for name, value in facts.items():
-                    log.setdefault(name, []).append(float(value))
-            if turn < TURNS - 1:
-                for episode, given, k in zip(episodes, logits.detach(), shown, strict=True):
-                    episode.answer(given[k])
-        if step % 40 == 0:
-            line = {"step": step, "seconds": round(time.monotonic() - start), "rate": round(rate(), 6)}
-            line |= {k: round(float(np.mean(v)), 4) for k, v in log.items()}
-            log.clear()
-            print(json.dumps(line), flush=True)
-            with open(args.work / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-        if step % 200 == 0:
-            save()
-    save()
+    training.run(
+        left=lambda: 1 - (time.monotonic() - start) / (60 * args.minutes),
+        draw=lambda: [Episode(pool, np.random.default_rng(rng.integers(2**62))) for _ in range(BATCH)],
+        see=seen,
+        losses=losses,
+        warm_up=100,
+        decay=1 / 3,
+        log_every=40,
+        save_every=200,
+    )
     return 0
 
 
