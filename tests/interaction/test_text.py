@@ -75,12 +75,6 @@ def test_a_single_draw_is_no_certainty(tiny_backbone, encoded):
     assert evidence.gain != 0 and evidence.certainty == 0
 
 
-def test_a_known_standard_error_takes_the_place_of_the_prompts_own(tiny_backbone, encoded):
-    own, known = (text_evidence(tiny_backbone, *encoded, "cell", spread=s) for s in (None, 0.03))
-    assert known.certainty == pytest.approx(known.gain / 0.03)
-    assert own.gain == known.gain and own.certainty != known.certainty
-
-
 def test_a_prompt_longer_than_the_context(tiny_backbone, encoded):
     evidence = text_evidence(tiny_backbone, *encoded, "white blood cell " * 50, draws=1)
     assert torch.isfinite(evidence.relevance).all()

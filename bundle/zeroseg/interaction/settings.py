@@ -15,7 +15,7 @@ from zeroseg.interaction.prompts import SELECTS
 AFFINITIES = ("attention", "features", "both")
 REFINERS = ("head", "rules")
 TEXT_CERTAINTY = -0.5
-"""Default certainty below which a prompt is called absent, here and in the app: slightly below 0, because a bare noun explains an
+"""Default t-value below which a prompt is called absent, here and in the app: slightly below 0, because a bare noun explains an
 image less well than the captions a model learned from."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ class Settings:
             None: the empty prompt, as DiffSeg.
         text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
             passes, but never below ``text_size`` of the backbone. A multiple of ``size_multiple``.
-        text_certainty: least certainty of the evidence for a prompt, see ``text.TextEvidence``; below it the object is called absent.
+        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
         working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
         progress: show a bar over the slices of a volume.
         seed: of every noise draw; equal input, settings and weights give equal masks.

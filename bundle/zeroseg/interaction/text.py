@@ -11,7 +11,6 @@ Both questions are answered by contrast with the null prompt, so that what every
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ class TextEvidence:
         relevance: (N,) on the attention's grid, standardised: mean 0, spread 1; higher where the prompt fits.
         gain: relative reduction of the noise-prediction error by the prompt against the null prompt, mean over the
             draws; positive where the prompt explains the image.
-        certainty: gain divided by its standard error over the draws (a t-value), or by the standard error that the probe was given.
+        certainty: gain divided by its standard error over the draws (a t-value).
     """
 
     relevance: Tensor
@@ -50,7 +49,6 @@ class TextProbe:
         noise_timesteps: noise levels at which the prediction is tested.
         draws: noise draws per level; the same noise is used with and without a prompt.
         seed: of the noise.
-        spread: standard error of a gain, where that of many images is known: eight draws say little about it. None: each prompt's own.
     """
 
     @torch.inference_mode()
@@ -64,9 +62,7 @@ class TextProbe:
         noise_timesteps: tuple[int, ...] = (150, 350, 550, 750),
         draws: int = 2,
         seed: int = 0,
-        spread: float | None = None,
     ):
-        self.spread = spread
         self.backbone, self.latents, self.attention, self.timestep = backbone, latents, attention, timestep
         generator = torch.Generator().manual_seed(seed)
         self._draws = []
@@ -94,8 +90,8 @@ class TextProbe:
             ]
         )
         each = gains.mean((1, 2))
-        own = float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.inf
-        certainty = float(each.mean()) / max(own if self.spread is None else self.spread, 1e-8)
+        spread = each.std() / len(each) ** 0.5 if len(each) > 1 else each.new_tensor(torch.inf)
+        certainty = each.mean() / spread.clamp_min(1e-8)
 
         side = grid_side(self.attention.shape[0])
         words = _words(self.backbone, prompt)
@@ -106,7 +102,7 @@ class TextProbe:
             cross += standardise(_to_grid(contrast.view(grid, grid), side))
         evidence = standardise(_to_grid(gains.mean(0), side)), standardise(cross)
         relevance = sum(standardise(self.attention @ e) for e in evidence)
-        return TextEvidence(standardise(relevance), float(each.mean()), certainty)
+        return TextEvidence(standardise(relevance), float(each.mean()), float(certainty))
 
     def _errors(self, draw: tuple[int, Tensor, Tensor], context: Tensor) -> Tensor:
         """(draws, h, w) squared errors of the predicted noise at one level."""
