@@ -135,10 +135,11 @@ def test_a_wrong_setting_is_one_line(tiny_pipeline, tmp_path):
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory) -> Path:
-    """The bundle folder copied alone, without weights, its version changed so that it can be told from the original."""
+    """The bundle folder copied alone, without the backbone's weights, its version changed so that it can be told from the original."""
     copy = tmp_path_factory.mktemp("elsewhere") / "copied bundle"
     left_out = shutil.ignore_patterns("__pycache__", "*.safetensors", "model_index.json")
     shutil.copytree(BUNDLE, copy, ignore=left_out)
+    shutil.copy(BUNDLE / "models" / "interaction" / "head.safetensors", copy / "models" / "interaction")
     package = copy / "zeroseg" / "__init__.py"
     package.write_text(re.sub(r'__version__ = "[^"]+"', '__version__ = "9.9.9"', package.read_text()))
     return copy
