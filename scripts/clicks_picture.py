@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zeroseg.evaluation.annotator import largest_component, next_click
+from zeroseg.evaluation.annotator import next_click
 from zeroseg.evaluation.clicks import overlap
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import draw_overlay
+from zeroseg.regions import largest_component
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from phantoms import make_phantom

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from zeroseg.cli import main
-from zeroseg.evaluation.annotator import innermost, next_click, next_click_3d, scribble
+from zeroseg.evaluation.annotator import next_click, next_click_3d, scribble
 from zeroseg.evaluation.baselines import grabcut_marks, random_walker_marks
 from zeroseg.evaluation.clicks import Curve, click_curve, scribble_pair, summarise_curves
+from zeroseg.regions import innermost
 
 SIZE = (60, 80)
 

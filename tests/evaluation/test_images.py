@@ -8,7 +8,7 @@ from PIL import Image
 
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.cli import main
-from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point, largest_component
+from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point
 from zeroseg.evaluation.metrics import score
 from zeroseg.evaluation.oracles import hungarian, oracle_single, oracle_union
 from zeroseg.evaluation.pairs import half_of
@@ -16,6 +16,7 @@ from zeroseg.evaluation.protocols import PROTOCOLS, Sample, run_protocols
 from zeroseg.evaluation.summaries import best_median_worst, bootstrap_interval, mean_over_sets, summarise_groups
 from zeroseg.evaluation.tables import markdown_table, seconds_table
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
+from zeroseg.regions import largest_component
 
 
 def rectangle(shape, top, left, bottom, right) -> np.ndarray:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point, largest_component
+from zeroseg.evaluation.annotator import any_point, bounding_box, innermost_point
 from zeroseg.evaluation.baselines import AUTOMATIC, BRIGHT, CLICKS
 from zeroseg.evaluation.confidence import image_score, pixel_bins
 from zeroseg.evaluation.metrics import score
 from zeroseg.evaluation.oracles import ORACLES
 from zeroseg.io import Case, read_image, to_unit_range
+from zeroseg.regions import largest_component
 
 
 @dataclass(frozen=True)

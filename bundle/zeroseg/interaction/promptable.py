@@ -28,6 +28,7 @@ from zeroseg.interaction.clicks import pixel_of, resized
 from zeroseg.interaction.head import CANDIDATES, PromptHead, Window, assemble
 from zeroseg.interaction.prompts import Prompts
 from zeroseg.interaction.settings import Settings
+from zeroseg.regions import depth_inside, innermost, largest_component
 
 MARGIN = 1.6
 """A window is this many times as wide as the answer it is to mend."""
@@ -155,13 +156,10 @@ def find_whole(
         the answer, or None where the region stands; and what a manifest records: ``by`` head or rules, and if the head was
         asked ``click`` (x, y) in pixels of the original image, ``estimated_iou`` and ``agreement``, the IoU with the part.
     """
-    parts, _ = ndimage.label(region)
-    areas = np.bincount(parts.ravel())[1:]
-    if not len(areas) or areas.max() <= MAIN * areas.sum():
+    main = largest_component(region) if region.any() else region
+    if np.count_nonzero(main) <= MAIN * np.count_nonzero(region):
         return None, {"by": "rules"}
-    main = parts == 1 + areas.argmax()
-    depth = ndimage.distance_transform_edt(np.pad(main, 1))[1:-1, 1:-1]
-    row, column = (int(i) for i in np.unravel_index(int(depth.argmax()), depth.shape))
+    row, column = innermost(main)
     answer = _session(encoded, settings, head or load_head()).answer([Event(((row, column, 1),))])
     agreement = np.count_nonzero(answer.mask & main) / np.count_nonzero(answer.mask | main)
     estimate = answer.estimates[answer.shown]
@@ -419,7 +417,7 @@ def mend(
         if (marks == 3 - kind).any():
             allowed = allowed & (away <= ndimage.distance_transform_edt(marks != 3 - kind))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
-        depth = float(ndimage.distance_transform_edt(np.pad(wanted, 1))[1:-1, 1:-1][rows, columns].max())
+        depth = float(depth_inside(wanted)[rows, columns].max())
         done = int(np.count_nonzero(marks)) if len(newest) == 1 else 1
         share = LATE_SHARE * max(LEAST_SHARE, 1 / max(1, done - 1))
         most = max(share * np.count_nonzero(before), NEAR_DISCS * np.pi * depth**2)

@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
 from zeroseg.attention.linking import link_slices
 from zeroseg.attention.prepare import prepare
 from zeroseg.interaction.prompts import Prompts
+from zeroseg.regions import innermost
 from zeroseg.segmentation import Segmentation
 
 FOLLOW_DICE = 0.4
@@ -174,8 +174,7 @@ class _Walk:
         """The object of the slice before, found again in slice k by a click at its innermost point; None where it ended."""
         if not before.any():
             return None
-        depth = ndimage.distance_transform_edt(np.pad(before, 1))[1:-1, 1:-1]
-        row, column = np.unravel_index(depth.argmax(), depth.shape)
+        row, column = innermost(before)
         points, labels = [[float(column), float(row)], *avoid], [1] + [0] * len(avoid)
         result = self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels))
         now = result.labels > 0

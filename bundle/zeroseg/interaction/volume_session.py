@@ -36,6 +36,7 @@ from zeroseg.interaction.volume_head import (
     see_inside,
     unsee,
 )
+from zeroseg.regions import depth_inside
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
@@ -537,8 +538,7 @@ def mend_volume(
             ends = [s * min(p + 1, n - p) for p, n, s in zip(places[0].tolist(), before.shape, spacing, strict=True)]
             depth = float(min(*ends, away.min(where=~wanted, initial=np.inf)))
         elif wanted[at].any():
-            padded = np.pad(wanted, 1)
-            depth = float(ndimage.distance_transform_edt(padded, sampling=spacing)[1:-1, 1:-1, 1:-1][at].max())
+            depth = float(depth_inside(wanted, spacing)[at].max())
         done = count if len(newest) == 1 else 1
         share = LATE_SHARE * max(LEAST_SHARE, 1 / max(1, done - 1))
         ball = 4 / 3 * np.pi * depth**3 / float(np.prod(spacing))
