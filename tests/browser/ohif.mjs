@@ -92,14 +92,23 @@ async function connect(page) {
 
 /** Label -> [r, g, b]; the panel gives segments their colours one second after it has made them. */
 async function colours(page) {
+  const read = () =>
+    page.evaluate(() => {
+      const { segments } = window.services.segmentationService.getSegmentation('1');
+      const { color } = window.cornerstoneTools.segmentation.config;
+      return Object.fromEntries(
+        Object.values(segments).map(s => [s.label, Array.from(color.getSegmentIndexColor('mpr-axial', '1', s.segmentIndex)).slice(0, 3)])
+      );
+    });
   await page.waitForTimeout(1500);
-  return page.evaluate(() => {
-    const { segments } = window.services.segmentationService.getSegmentation('1');
-    const { color } = window.cornerstoneTools.segmentation.config;
-    return Object.fromEntries(
-      Object.values(segments).map(s => [s.label, Array.from(color.getSegmentIndexColor('mpr-axial', '1', s.segmentIndex)).slice(0, 3)])
-    );
-  });
+  let found = await read();
+  // On a busy machine the viewport gets its colours later than that.
+  for (let previous = null, waited = 0; waited < 20 && JSON.stringify(found) !== previous; waited++) {
+    previous = JSON.stringify(found);
+    await page.waitForTimeout(1500);
+    found = await read();
+  }
+  return found;
 }
 
 async function run(page, { run: model, options, stop }) {
@@ -208,7 +217,8 @@ async function answered(page, act) {
     await page.waitForFunction(count => window.segmentationChanges > count, changes);
     await redrawn(page, before);
   } else {
-    notice = await page.locator('#zeroseg-message').innerText();
+    // The page may still show how far the answer was.
+    notice = await page.locator('#zeroseg-message', { hasNotText: 'click here to stop' }).innerText();
   }
   return { status: response.status(), url: response.url(), params, notice };
 }

@@ -30,10 +30,10 @@ const zerosegShow = (text, color = '#7a1f1f') => {
 
 // While an answer takes long: how far it is. A click on the line gives it up, and the server stops at its next step.
 const zerosegFollow = request => {
-  let line;
+  let line, over;
   const timer = setInterval(async () => {
     const { queue } = await fetch('/info/').then(answer => answer.json()).catch(() => ({}));
-    if (request.readyState === 4 || !queue?.length) return;
+    if (over || !queue?.length) return; // a request given up is in no state that says so
     const [{ seconds, done, total }] = queue;
     const step = total ? `step ${done + 1} of ${total}, ` : '';
     const others = queue.length > 1 ? `, ${queue.length} requests at the server` : '';
@@ -42,6 +42,7 @@ const zerosegFollow = request => {
     line.onclick = () => request.abort();
   }, 1000);
   request.addEventListener('loadend', () => {
+    over = true;
     clearInterval(timer);
     line?.remove();
   });
