@@ -101,7 +101,7 @@ def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, infere
         assert torch.equal(a, b)
     further, same, _ = fit_readings([reading], classes, **few_steps, start=head)
     assert same is head.components and torch.equal(components.basis, same.basis)
-    assert not torch.equal(further.out.weight, head.network.out.weight)
+    assert not torch.equal(further.unet.final_conv.weight, head.network.unet.final_conv.weight)
 
 
 def test_an_encoding_and_its_image_give_the_same_answer(head, inferer):

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.promptable import load_head
 from zeroseg.learning.augmentation import augment
 from zeroseg.learning.cases import Case, check_labels, labelled_slices
 from zeroseg.learning.features import Components, Reading, find_components, read_prepared
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
-RATE, LEAST_RATE, DECAY = 2e-3, 1e-5, 1e-2
+RATE, LEAST_RATE, DECAY = 1e-3, 1e-5, 1e-2
 """Learning rate after a short rise, in the end, and weight decay."""
-BODY = 0.25
-"""Share of the rate for what was trained before."""
+FEATURES = 4.0
+"""Times the rate for what brings in the frozen model's features, which starts at zero."""
 RISE = 20
 """Steps of the rise."""
 
@@ -129,9 +128,10 @@ def fit_readings(
     side = images.shape[-1]
     truths = torch.stack([F.interpolate(c[None], (side, side), mode="bilinear", antialias=True)[0] for c in classes])
     network = _network(len(classes[0]), features.shape[1], seed, start)
-    body = set(network.body.parameters())
-    own = [p for p in network.parameters() if p not in body]
-    groups = [{"params": own, "share": 1.0}, {"params": [*network.body.parameters()], "share": BODY}]
+    groups = [
+        {"params": [*network.unet.parameters()], "share": 1.0},
+        {"params": [*network.features.parameters()], "share": FEATURES},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
@@ -162,7 +162,7 @@ def fit_readings(
 def _network(classes: int, components: int, seed: int, start: LearnedHead | None) -> FewShotNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = FewShotNet(classes, components, load_head())
+        network = FewShotNet(classes, components)
     if start is not None:
         network.load_state_dict(start.network.state_dict())
     return network.requires_grad_(True).train().to(memory_format=torch.channels_last)

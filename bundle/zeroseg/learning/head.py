@@ -20,7 +20,6 @@ from zeroseg import __version__
 from zeroseg.attention.encoding import EncodedImage
 from zeroseg.attention.prepare import prepare
 from zeroseg.errors import WeightsError
-from zeroseg.interaction.head import PromptHead
 from zeroseg.learning.cases import to_tensor
 from zeroseg.learning.features import Components, Reading, read_encoded, read_prepared
 from zeroseg.learning.network import FewShotNet
@@ -169,8 +168,6 @@ class LearnedHead:
             "network": {
                 "classes": self.network.classes,
                 "components": self.network.components,
-                "widths": self.network.widths,
-                "blocks": self.network.blocks,
             },
             "facts": self.facts,
         }
@@ -202,8 +199,7 @@ class LearnedHead:
                     )
             if described["classes"] != len(labels) + 1:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
-            body = PromptHead(described["widths"], described["blocks"])
-            network = FewShotNet(described["classes"], described["components"], body)
+            network = FewShotNet(described["classes"], described["components"])
             components = Components(tensors.pop("components.mean"), tensors.pop("components.basis"))
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
