@@ -107,11 +107,12 @@ def test_the_embedded_files_are_small_and_listed():
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-def test_the_tumour_model_is_small_and_holds_no_pickle():
-    files = [path for path in (MODELS / "tumor").rglob("*") if path.is_file()]
-    sums = (MODELS / "tumor" / "SHA256SUMS").read_text().splitlines()
-    assert verify_sums(MODELS / "tumor").keys() <= {line.split("  ")[1] for line in sums}
-    assert sum(path.stat().st_size for path in files) < 60e6
+@pytest.mark.parametrize("folder", ["tumor", "tumor_head"])
+def test_the_tumour_models_are_small_and_hold_no_pickle(folder):
+    files = [path for path in (MODELS / folder).rglob("*") if path.is_file()]
+    sums = (MODELS / folder / "SHA256SUMS").read_text().splitlines()
+    assert verify_sums(MODELS / folder).keys() <= {line.split("  ")[1] for line in sums}
+    assert sum(path.stat().st_size for path in files) < 30e6 and max(path.stat().st_size for path in files) < 24e6
     assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
 
 

@@ -174,3 +174,27 @@ def test_role_margin_and_top_mean():
     torch.testing.assert_close(role_margin(logits, ROLES), torch.log(torch.tensor(1.0)), atol=1e-6, rtol=0)
     values = torch.arange(100.0)
     assert top_mean(values, 4) == 97.5 and top_mean(values, 1) == 99 and top_mean(values[:2], 20) == 0.5
+
+
+def test_a_unet_may_be_the_adapter_of_all_stages(features, prompts):
+    net = adapters(alpha=0.5, deeper=(10, 12))
+    assert [tuple(a.shape) for a in net.adapt(features)] == [(16, 8, 12, 4), (8, 4, 6, 6), (4, 2, 3, 8)]
+    assert not any(hasattr(stage, "adapt") for stage in net.stages)
+    output = net(features, prompts)
+    assert output.margin.shape == (16, 8, 12)
+    output.image_logit.backward()
+    assert all(p.grad is not None for p in net.surroundings.parameters())
+    again = AovaAdapters(**net.options)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(features, prompts).margin, output.margin)
+
+
+def test_the_unet_looks_further_than_a_voxel(features):
+    net = adapters(alpha=1.0, deeper=(10, 12)).eval()
+    changed = [f.clone() for f in features]
+    changed[0][..., :2] += 1
+    far = (net.adapt(changed)[0] - net.adapt(features)[0]).abs()[:, :, -1]
+    assert far.max() == 0, "the finest level passes on what lies at the voxel itself"
+    changed = [f.clone() for f in features]
+    changed[2][..., :1] += 1
+    assert (net.adapt(changed)[0] - net.adapt(features)[0]).abs()[:, :, -1].max() > 0

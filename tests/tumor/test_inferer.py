@@ -253,7 +253,7 @@ def test_bad_volumes(make, array, message):
 
 
 def test_a_constant_volume_is_absent_not_an_error(make):
-    result = make(presence=0.99).segment(np.zeros((1, 20, 20, 20), np.float32), affine=AFFINE, modality="mr")
+    result = make(presence=1.0).segment(np.zeros((1, 20, 20, 20), np.float32), affine=AFFINE, modality="mr")
     assert result.absent and any("constant" in note for note in result.notes)
 
 
@@ -343,3 +343,39 @@ def test_a_click_is_answered_where_the_words_are_absent(make, volume):
     result = make(stages=("aova",), presence=1).segment(volume, AFFINE, "ct", points=[[10, 10, 6]])
     assert result.labels[10, 10, 6] == 1 and not result.absent and result.reason is None
     assert any("the words find nothing" in note for note in result.notes)
+
+
+class TestTheHead:
+    """Brain and head are answered by embedded adapters of their own."""
+
+    @pytest.fixture(scope="class")
+    def inferer(self):
+        return TumorSegmentationInferer(MaisiBackbone(device="cpu"), TextEncoder(device="cpu"), stages=("aova",))
+
+    @pytest.fixture(scope="class")
+    def slice_of_mr(self):
+        return np.abs(noise_volume((48, 48, 1)))
+
+    def test_are_asked_for_its_organs_only(self, inferer, slice_of_mr):
+        encoded = inferer.encode(slice_of_mr, AFFINE, "mr", "brain")
+        assert len(encoded.readers) == 1
+        assert inferer.predict(encoded, "brain").details["adapters"] == "embedded:head"
+        assert "encode" in inferer.predict(encoded, "brain").seconds and len(encoded.readers) == 1
+        liver = inferer.predict(encoded, "liver")
+        assert "adapters" not in liver.details and len(encoded.readers) == 2
+        again = inferer.segment(slice_of_mr, AFFINE, "mr", "liver")
+        np.testing.assert_array_equal(again.confidence, liver.confidence)
+
+    def test_nonsense_is_absent(self, inferer, slice_of_mr):
+        result = inferer.segment(slice_of_mr, AFFINE, "mr", "brain", "zqxv plomf")
+        assert result.absent and "knows none of the words" in result.reason
+
+    def test_adapters_that_were_given_answer_for_all_organs(self, make):
+        result = make(stages=("aova",)).segment(noise_volume(), AFFINE, "ct", "brain")
+        assert "adapters" not in result.details
+
+    def test_without_them_the_general_ones_answer(self, inferer, slice_of_mr, monkeypatch, tmp_path):
+        from zeroseg.tumor import inferer as module
+
+        monkeypatch.setitem(module.EMBEDDED_SETS, module.EMBEDDED_HEAD, tmp_path / "nothing")
+        assert "adapters" not in inferer.segment(slice_of_mr, AFFINE, "mr", "brain").details

@@ -144,6 +144,27 @@ def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_pat
     assert 0 <= record["fusion"]["left_out_dice"][left.stem] <= 1
 
 
+def test_a_unet_trains_on_whole_volumes_with_grown_lesions(model, material, tmp_path):
+    run = AdapterTrainer(
+        MaisiBackbone(model, device="cpu"),
+        TextEncoder(model / "text", device="cpu"),
+        gather_cases(real=[{"folder": material / "mr", "organ": "brain", "modality": "mr", "weight": 2.0}]),
+        out=tmp_path,
+        work=tmp_path / "work",
+        schedule=Schedule(steps=0, volume_steps=3, batch=1, minutes=5),
+        sampling=Sampling(crop=16, grown=1.0, scales=(0.6, 1.2)),
+        adapters={"deeper": [8, 8]},
+        fusion_volumes=0,
+    )
+    before = {k: v.clone() for k, v in run.adapters.state_dict().items()}
+    record = run.run()["adapters"]
+    assert record["grown"] == 1.0 and record["steps"] == {"voxels": 0, "volumes": 3}
+    trained = load_adapters(tmp_path)
+    assert trained.options["deeper"] == [8, 8]
+    moved = [k for k, v in trained.state_dict().items() if not torch.equal(v, before[k].half().float())]
+    assert any(k.startswith("surroundings.") for k in moved)
+
+
 def test_training_starts_from_given_adapters(model, material, tmp_path):
     run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=0)
     run.run()

@@ -12,7 +12,7 @@ from torch import Tensor
 from zeroseg.backbones.frozen import FrozenModel
 from zeroseg.backbones.weights import (
     EMBEDDED,
-    MODELS,
+    EMBEDDED_SETS,
     choose_encoder,
     fingerprint,
     first_line,
@@ -59,11 +59,11 @@ class TextEncoder(FrozenModel):
         if self.pooling not in POOLINGS:
             raise ZeroSegError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
         self._place()
-        if self.source == EMBEDDED:
-            folder = MODELS / "tumor" / "text"
+        if self.source in EMBEDDED_SETS:
+            folder = EMBEDDED_SETS[self.source] / "text"
             if not folder.is_dir():
                 raise WeightsError(
-                    "the embedded text encoder is missing in models/tumor/text: restore that folder of the bundle"
+                    f"the embedded text encoder is missing in models/{folder.parent.name}/text: restore that folder of the bundle"
                 )
             sums = verify_sums(folder.parent)  # one list covers the whole embedded folder
             self.weights = {n: h for n, h in sums.items() if n.startswith("text/")}
@@ -73,7 +73,7 @@ class TextEncoder(FrozenModel):
             folder = resolve_folder(self.source, revision=self.revision, what="text encoder", form=form, choose=choose)
             files = weight_files(relative_files(folder), "", where=f"text encoder {folder.name}")
             self.weights = verify_sums(folder, files)
-        given_a_folder = self.source != EMBEDDED and Path(self.source).expanduser().is_dir()
+        given_a_folder = self.source not in EMBEDDED_SETS and Path(self.source).expanduser().is_dir()
         self.name = folder.name if given_a_folder else self.source
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -23,12 +22,10 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
-RATE, LEAST_RATE, DECAY = 1e-3, 1e-5, 1e-2
-"""Learning rate after a short rise, in the end, and weight decay."""
+RATE, LEAST, DECAY = 1e-3, 1e-2, 1e-2
+"""Learning rate, which falls on a line, the share of it that is left in the end, and weight decay."""
 FEATURES = 4.0
 """Times the rate for what brings in the frozen model's features, which starts at zero."""
-RISE = 20
-"""Steps of the rise."""
 
 
 class Stopped(ZeroSegError):
@@ -140,8 +137,7 @@ def fit_readings(
         if spent >= 1 and done:
             break
         for group in optimizer.param_groups:
-            rise = min(1.0, (done + 1) / RISE)
-            group["lr"] = LEAST_RATE + group["share"] * RATE * rise * (1 + math.cos(math.pi * min(1.0, spent))) / 2
+            group["lr"] = RATE * group["share"] * (LEAST + 1 - min(1.0, spent))
         batch = _draw(len(images), BATCH, generator)
         image, feature, truth = augment(images[batch], features[batch], truths[batch], generator)
         with torch.enable_grad():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,9 +97,10 @@ class StageAdapter(nn.Module):
         self.channels, self.alpha, self.context = channels, alpha, tuple(context)
         self.register_buffer("center", torch.zeros(channels))
         self.register_buffer("spread", torch.ones(channels))
-        self.adapt = nn.Sequential(
-            nn.Linear(channels * (1 + 2 * len(self.context)), hidden), nn.GELU(), nn.Linear(hidden, channels)
-        )
+        if alpha:
+            self.adapt = nn.Sequential(
+                nn.Linear(channels * (1 + 2 * len(self.context)), hidden), nn.GELU(), nn.Linear(hidden, channels)
+            )
         middle = max(channels, text_dim // 2)
         self.text = nn.Sequential(
             nn.Linear(text_dim, middle), nn.GELU(), nn.LayerNorm(middle), nn.Linear(middle, channels)
@@ -152,6 +154,74 @@ def local_mean(features: Tensor, side: int) -> Tensor:
     return features
 
 
+class Norm(nn.Module):
+    """Features of every voxel brought to unit root mean square: unlike a group norm it knows no window, so a crop and the
+    whole volume are seen alike."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.gain
+
+
+class Block(nn.Module):
+    """Two convolutions of 3 voxels and a residual."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            Norm(channels),
+            nn.Conv3d(channels, channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv3d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Surroundings(nn.Module):
+    """T of all stages at once: a small U-Net over their standardised features.
+
+    The paper's T sees a voxel alone. A tumour is one by what is around it, and the same grey is a lesion here and an organ there:
+    coarser levels below the encoder's own look far, finer ones say where the border is.
+
+    Args:
+        channels: of the encoder's stages, finest first.
+        deeper: channels of the levels below the coarsest stage, each half as fine.
+    """
+
+    def __init__(self, channels: Sequence[int], deeper: Sequence[int]):
+        super().__init__()
+        widths = [*channels, *deeper]
+        self.enter = nn.ModuleList(nn.Conv3d(c, c, 1) for c in channels)
+        self.down = nn.ModuleList(
+            nn.Sequential(Block(a), Norm(a), nn.Conv3d(a, b, 2, stride=2))
+            for a, b in zip(widths[len(channels) - 1 :], widths[len(channels) :], strict=False)
+        )
+        self.bottom = Block(widths[-1])
+        self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(widths))
+        # At full size, where a convolution costs as much as all else together, the sum is enough.
+        self.merge = nn.ModuleList([nn.Identity(), *(Block(a) for a in widths[1:-1])])
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Per stage (1, C_l, X_l, Y_l, Z_l) standardised features -> the same shapes. Sides that do not halve evenly are
+        padded for the deeper levels."""
+        levels = [enter(f) for enter, f in zip(self.enter, features, strict=True)]
+        for down in self.down:
+            short = [v for n in reversed(levels[-1].shape[2:]) for v in (0, n % 2)]
+            levels.append(down(F.pad(levels[-1], short, mode="replicate")))
+        x = self.bottom(levels[-1])
+        out = []
+        for level in reversed(range(len(self.up))):
+            x = F.interpolate(self.up[level](x), levels[level].shape[2:], mode="trilinear", align_corners=False)
+            x = self.merge[level](x + levels[level])
+            out.append(x)
+        return out[::-1][: len(features)]
+
+
 class AovaAdapters(nn.Module):
     """The trainable part of DiffuGTS: three stage adapters, the fusion of their attention, and an image-level head.
 
@@ -173,6 +243,8 @@ class AovaAdapters(nn.Module):
         hidden: width of T per stage as a multiple of its channels.
         context: per stage, sides of the cubes T also sees; none at full resolution, where they cost most and the
             coarser stages see further anyway.
+        deeper: channels of the levels that a ``Surroundings`` adds below the coarsest stage: T of all stages is then that U-Net, and
+            ``hidden`` and ``context`` are of no use. (): T is the paper's, two linear layers a stage.
         top_ml: millilitres that decide about the image: about the smallest lesion worth showing. A share of the volume would
             let the field of view decide, a number of voxels their size.
     """
@@ -185,6 +257,7 @@ class AovaAdapters(nn.Module):
         hidden: int = 4,
         context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
         top_ml: float = 20 * VOXEL_ML,
+        deeper: Sequence[int] = (),
     ):
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -198,13 +271,17 @@ class AovaAdapters(nn.Module):
             "hidden": hidden,
             "context": [list(c) for c in context],
             "top_ml": top_ml,
+            "deeper": list(deeper),
         }
         self.top_ml = top_ml
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
         self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
         self.sha256: str | None = None  # of the file they were loaded from
+        self.alpha = alpha
+        self.surroundings = Surroundings(channels, deeper) if deeper else None
+        own = 0.0 if deeper else alpha
         self.stages = nn.ModuleList(
-            StageAdapter(c, text_dim, alpha, hidden * c, around) for c, around in zip(channels, context, strict=True)
+            StageAdapter(c, text_dim, own, hidden * c, around) for c, around in zip(channels, context, strict=True)
         )
         self.pool = nn.ModuleList(nn.Linear(c, text_dim) for c in channels)
         self.log_temperature = nn.Parameter(torch.zeros(len(channels)))
@@ -240,7 +317,11 @@ class AovaAdapters(nn.Module):
 
     def adapt(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Raw stage features -> F' per stage as (X_l, Y_l, Z_l, C_l). It knows no prompt, so many can share it."""
-        return tuple(stage(values) for stage, values in zip(self.stages, features, strict=True))
+        if self.surroundings is None:
+            return tuple(stage(values) for stage, values in zip(self.stages, features, strict=True))
+        plain = [stage.standardise(values) for stage, values in zip(self.stages, features, strict=True)]
+        mixed = [self.alpha * t + (1 - self.alpha) * f for t, f in zip(self.surroundings(plain), plain, strict=True)]
+        return tuple(f[0].movedim(0, -1) for f in mixed)
 
     def attend(
         self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES, voxel_ml: float = VOXEL_ML

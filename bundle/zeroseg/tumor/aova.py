@@ -15,7 +15,7 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor
 
 from zeroseg.backbones.maisi import MaisiBackbone
-from zeroseg.backbones.weights import EMBEDDED, MODELS, verify_sums
+from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_SETS, verify_sums
 from zeroseg.errors import WeightsError
 from zeroseg.hashing import file_sha256
 from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
@@ -55,12 +55,14 @@ class EncodedFeatures:
         pieces: per window its place and its adapted features, or None where they are made again on demand.
         volume: (1, 1, X, Y, Z), what the windows are cut from.
         voxel_ml: millilitres of one of its voxels.
+        reader: SHA-256 of the adapters.
     """
 
     latent: Tensor
     pieces: list[tuple[Slices, tuple[Tensor, ...] | None]]
     volume: Tensor
     voxel_ml: float = VOXEL_ML
+    reader: str | None = None
 
 
 def window_slices(shape: Sequence[int], window: Sequence[int], multiple: int) -> list[Slices]:
@@ -127,7 +129,7 @@ def encode_features(
 
     size = [s // backbone.factor for s in volume.shape[2:]]
     gathered = list(latents())  # latents are small: every window is read before blending
-    return EncodedFeatures(blend(iter(gathered), size)[None], pieces, volume, voxel_ml)
+    return EncodedFeatures(blend(iter(gathered), size)[None], pieces, volume, voxel_ml, adapters.sha256)
 
 
 @torch.inference_mode()
@@ -218,9 +220,9 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
     """
     from safetensors.torch import load_file
 
-    folder = MODELS / "tumor" if str(source) == EMBEDDED else Path(source).expanduser()
+    folder = EMBEDDED_SETS.get(str(source), Path(source).expanduser())
     folder = folder.parent if folder.suffix == ".safetensors" else folder
-    name = "models/tumor" if str(source) == EMBEDDED else folder.name
+    name = f"models/{folder.name}" if str(source) in EMBEDDED_SETS else folder.name
     try:
         config = json.loads((folder / "config.json").read_text())
         options = dict(config["adapters"])

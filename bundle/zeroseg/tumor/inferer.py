@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from zeroseg.attention.prepare import prepare as prepare_image
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.backbones.weights import EMBEDDED
+from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_HEAD, EMBEDDED_SETS
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.prompts import Prompts, check_prompts
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
@@ -30,7 +30,7 @@ from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_features, healthy_margin_loss, load_adapters
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.prepare import Prepared, prepare
-from zeroseg.tumor.prompts import REGIONS, check_modality, default_tumor, normalise, organ_note, prompt_set
+from zeroseg.tumor.prompts import OF_THE_HEAD, REGIONS, check_modality, default_tumor, normalise, organ_note, prompt_set
 from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, reach, voxels_of
 
 STAGES = ("aova", "inpaint", "pixel", "feature")
@@ -61,6 +61,7 @@ class EncodedVolume:
         seconds: time per stage so far.
         scan: (1, X, Y, Z), the volume as it was given; clicks are answered on it.
         affine: (4, 4) of the volume, or None.
+        readers: SHA-256 of the adapters -> what they made of the volume, where other ones were asked as well.
     """
 
     prepared: Prepared
@@ -68,6 +69,7 @@ class EncodedVolume:
     seconds: dict[str, float] = field(default_factory=dict)
     scan: Tensor | None = None
     affine: np.ndarray | None = None
+    readers: dict[str | None, EncodedFeatures] = field(default_factory=dict)
     _reconstruction: Tensor | None = None
 
 
@@ -106,6 +108,9 @@ class TumorSegmentationInferer(Inferer):
     ``inferer(volumes)`` is MONAI's way in and returns masks; ``segment`` returns evidence and confidence as well;
     ``encode`` once and ``predict`` often serves several prompts. No ``network`` is needed. Settings are checked and
     weights loaded on first use.
+
+    Brain and head have embedded adapters of their own, a small U-Net trained with real lesions ("embedded:head"): where the
+    embedded ones are in use and such an organ is asked for, those answer.
 
     The answer is "absent" (an empty mask) when the text encoder knows none of the tumour's words, when the image-level
     probability is below ``presence``, when the prompt explains no voxel better than the null prompts do, or when no
@@ -192,6 +197,7 @@ class TumorSegmentationInferer(Inferer):
         self.seed = seed
         self.progress = progress
         self._adapters: AovaAdapters | None = None
+        self._head: tuple[TextEncoder, AovaAdapters] | None = None
         self._volumes = VolumeSessions()
 
     # Settings ----------------------------------------------------------------------------------------------------------
@@ -298,10 +304,31 @@ class TumorSegmentationInferer(Inferer):
             self._adapters = adapters.to(self.backbone.device).eval()
         return self
 
+    def _of(self, organ: str) -> TumorSegmentationInferer:
+        """The inferer that answers for an organ: this one, or for the head the same one with the adapters made for it."""
+        embedded = all(
+            str(part) == EMBEDDED for part in (self.adapters, self.text_encoder.source, self.backbone.source)
+        )
+        if organ not in OF_THE_HEAD or not embedded or not EMBEDDED_SETS[EMBEDDED_HEAD].is_dir():
+            return self
+        if self._head is None:
+            encoder = TextEncoder(EMBEDDED_HEAD, device=str(self.backbone.device)).load()
+            self._head = encoder, load_adapters(EMBEDDED_HEAD, encoder.dim).to(self.backbone.device)
+        encoder, adapters = self._head
+        return self.replace(text_encoder=encoder, adapters=adapters)._with(adapters)
+
+    def _with(self, adapters: AovaAdapters) -> TumorSegmentationInferer:
+        self._adapters = adapters
+        return self
+
     # One volume --------------------------------------------------------------------------------------------------------
 
     def encode(
-        self, volume: Tensor | np.ndarray, affine: np.ndarray | None = None, modality: str | None = None
+        self,
+        volume: Tensor | np.ndarray,
+        affine: np.ndarray | None = None,
+        modality: str | None = None,
+        organ: str | None = None,
     ) -> EncodedVolume:
         """Run the frozen encoder on one volume.
 
@@ -309,6 +336,7 @@ class TumorSegmentationInferer(Inferer):
             volume: (1, X, Y, Z) float, HU for CT; a 2-D image is a volume of one slice.
             affine: (4, 4) voxel index -> RAS mm; None: 1 mm.
             modality: ct, mr or pet; None: the inferer's, else guessed and noted.
+            organ: that will be asked for first; None: the inferer's. Another one can be asked for all the same.
 
         Raises:
             ZeroSegError: the volume or a setting cannot be used; see ``prepare``.
@@ -328,10 +356,24 @@ class TumorSegmentationInferer(Inferer):
                 backbone.mr_clip,
             )
         with timed(seconds, "encode"):
-            voxel_ml = math.prod(prepared.spacing) / 1000
-            features = encode_features(backbone, self._adapters, prepared.volume.to(backbone.device), voxel_ml)
+            features = self._of(self._words(organ, None)[0])._read(prepared)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
-        return EncodedVolume(prepared, features, seconds, scan, affine)
+        return EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
+
+    def _read(self, prepared: Prepared) -> EncodedFeatures:
+        voxel_ml = math.prod(prepared.spacing) / 1000
+        return encode_features(self.backbone, self._adapters, prepared.volume.to(self.backbone.device), voxel_ml)
+
+    def _own(self, encoded: EncodedVolume, seconds: dict[str, float]) -> EncodedVolume:
+        """An encoding with what this inferer's adapters make of it."""
+        own = self._adapters.sha256 if self._adapters else None
+        if encoded.features.reader == own:
+            return encoded
+        known = encoded.readers.get(own)
+        if known is None:
+            with timed(seconds, "encode"):
+                known = encoded.readers[own] = self._read(encoded.prepared)
+        return replace(encoded, features=known)
 
     def maps(
         self,
@@ -351,7 +393,11 @@ class TumorSegmentationInferer(Inferer):
         """
         self.check()
         organ, tumor = self._words(organ, tumor)
+        reader = self._of(organ)
+        if reader is not self:
+            return reader.maps(encoded, organ, tumor, seconds, stages)
         prepared, seconds = encoded.prepared, {} if seconds is None else seconds
+        encoded = self._own(encoded, seconds)
         asked = prompt_set(organ, tumor, prepared.modality)
         roles = [role for role, _ in asked]
         with timed(seconds, "aova"):
@@ -409,9 +455,15 @@ class TumorSegmentationInferer(Inferer):
         self.check()
         shown = self._shown(encoded, points, labels, box)
         organ, said = self._words(organ, tumor)
+        reader = self._of(organ)
+        if reader is not self:
+            result = reader.predict(encoded, organ, said, points, labels, box)
+            result.details["adapters"] = EMBEDDED_HEAD
+            return result
         meaning = self._meaning(said)
         tumor = str(meaning.text)
         prepared, seconds = encoded.prepared, dict(encoded.seconds)
+        encoded = self._own(encoded, seconds)
         weights = self._fusion_weights(prepared.modality)
         stages = self._stages_that_count(weights)
         maps = self.maps(encoded, organ, tumor, seconds, stages)
@@ -501,7 +553,7 @@ class TumorSegmentationInferer(Inferer):
         """
         if affine is None and isinstance(volume, MetaTensor):
             affine = np.asarray(volume.affine)
-        return self.predict(self.encode(volume, affine, modality), organ, tumor, points, labels, box)
+        return self.predict(self.encode(volume, affine, modality, organ), organ, tumor, points, labels, box)
 
     def __call__(self, inputs: Tensor, network: object = None, *args: object, **kwargs: Any) -> Tensor:
         """Masks of a batch, as MONAI's evaluators call an inferer.
@@ -617,7 +669,7 @@ class TumorSegmentationInferer(Inferer):
 
     def _meaning(self, tumor: str) -> Meaning:
         """What the text encoder is told for a tumour: where the embedded one lacks words, those of the vocabulary that it has."""
-        if self.text_encoder.source != EMBEDDED or not self.text_encoder.unknown_words(tumor):
+        if self.text_encoder.source not in EMBEDDED_SETS or not self.text_encoder.unknown_words(tumor):
             return Meaning(tumor)
         meaning = read_vocabulary().look_up(tumor)
         known = meaning.text is not None and not self.text_encoder.unknown_words(meaning.text)

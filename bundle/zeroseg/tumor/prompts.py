@@ -27,7 +27,9 @@ ORGANS: dict[str, tuple[str, ...]] = {
     "pancreas": ("pancreas tumour", "pancreatic mass"),
     "colon": ("colon tumour", "colon cancer"),
     "lung": ("lung tumour", "lung nodule"),
-    "brain": ("brain tumour", "glioma", "brain metastasis"),
+    "brain": ("brain tumour", "glioma", "brain metastasis", "haemorrhage", "stroke", "multiple sclerosis lesion"),
+    "head": ("head tumour", "glioma", "brain metastasis"),
+    "nasopharynx": ("nasopharynx tumour", "nasopharyngeal carcinoma"),
     "hepatic vessel": ("tumour near hepatic vessel",),
     "limb": ("soft tissue sarcoma", "muscle tumour"),
     "thigh": ("soft tissue sarcoma", "muscle tumour"),
@@ -36,6 +38,9 @@ ORGANS: dict[str, tuple[str, ...]] = {
     "body": ("tumour", "lesion", "mass"),
 }
 """Organs with prompts of their own -> tumour phrases that fit them, the first being the default."""
+
+OF_THE_HEAD = ("brain", "head", "nasopharynx")
+"""Organs that have embedded adapters of their own, see ``TumorSegmentationInferer``."""
 
 ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")
 """Words for a tumour wherever it is."""
@@ -49,6 +54,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 REGIONS = {
     "brain": (0, 0),
+    "head": (0, 0),
+    "nasopharynx": (0, 0),
     "lung": (1, 1),
     "liver": (1, 2),
     "spleen": (1, 2),

@@ -47,19 +47,21 @@ class Tumor(ZeroSegTask):
         stop_if_abandoned()
         modality = options["modality"] if options["modality"] != "auto" else DICOM_MODALITIES.get(image.modality)
         tumor = options["text"].strip() or None
-        return self.inferer.predict(self.encode(image, modality), options["organ"], tumor)
+        key, encoded = self.encode(image, modality, options["organ"])
+        result = self.inferer.predict(encoded, options["organ"], tumor)
+        # Other adapters may have read the volume as well: it is weighed anew.
+        self.encodings.put(key, encoded)
+        return result
 
-    def encode(self, image: Image, modality: str | None) -> EncodedVolume:
-        """``encode`` of the inferer, or its earlier answer: other words for a volume need no second pass."""
+    def encode(self, image: Image, modality: str | None, organ: str) -> tuple[tuple, EncodedVolume]:
+        """The volume's key and ``encode`` of the inferer, or its earlier answer: other words for a volume need no second pass."""
         content = hashlib.sha256(np.ascontiguousarray(image.array)).hexdigest()
         key = (content, image.array.shape, image.affine.tobytes(), modality)
         known = self.encodings.get(key)
         if known is not None:
             # This call spends no time on it.
-            return replace(known, seconds={})
-        encoded = self.inferer.encode(image.array, image.affine, modality)
-        self.encodings.put(key, encoded)
-        return encoded
+            return key, replace(known, seconds={})
+        return key, self.inferer.encode(image.array, image.affine, modality, organ)
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """The words themselves name the segment."""
@@ -70,6 +72,6 @@ class Tumor(ZeroSegTask):
 
 
 def _bytes_of_volume(encoded: EncodedVolume) -> int:
-    adapted = sum(t.nbytes for _, piece in encoded.features.pieces for t in piece or ())
+    adapted = sum(t.nbytes for read in encoded.readers.values() for _, piece in read.pieces for t in piece or ())
     # Beside the volume stand its copy on the device and, once a prompt has needed it, its reconstruction.
     return 3 * encoded.prepared.volume.nbytes + encoded.features.latent.nbytes + adapted

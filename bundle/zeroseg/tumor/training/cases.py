@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -24,6 +25,7 @@ class TrainingCase:
         modality: ct, mr or pet.
         kind: of lesion, where known.
         real: not a phantom.
+        weight: how often it is drawn, against other cases of its sort.
     """
 
     image: Path
@@ -32,6 +34,7 @@ class TrainingCase:
     modality: str
     kind: str | None = None
     real: bool = False
+    weight: float = 1.0
 
     @property
     def stem(self) -> str:
@@ -47,12 +50,15 @@ class TrainingCase:
         return np.asarray(nib.load(self.mask).dataobj)
 
 
-def read_cases(folder: str | Path, organ: str | None = None, modality: str | None = None) -> list[TrainingCase]:
+def read_cases(
+    folder: str | Path, organ: str | None = None, modality: str | None = None, weight: float | None = None
+) -> list[TrainingCase]:
     """The cases of a folder with ``images/`` and ``masks/`` of the same names.
 
     Args:
         folder: with ``cases.json`` (as ``scripts/phantoms.py --volumes`` writes it), or of real volumes of one kind.
         organ, modality: of all cases, where there is no ``cases.json``.
+        weight: of the whole folder, shared by its cases; None: 1 for each case.
 
     Raises:
         ZeroSegError: there are no images, a mask is missing, or it is not known what the volumes show.
@@ -63,6 +69,7 @@ def read_cases(folder: str | Path, organ: str | None = None, modality: str | Non
         raise ZeroSegError(f"{folder} holds no images/*.nii.gz: give a folder with images and masks")
     index = folder / "cases.json"
     known = json.loads(index.read_text()) if index.is_file() else {}
+    share = 1.0 if weight is None else weight / len(images)
     cases = []
     for image in images:
         mask = folder / "masks" / image.name
@@ -71,7 +78,7 @@ def read_cases(folder: str | Path, organ: str | None = None, modality: str | Non
             raise ZeroSegError(f"{folder.name}: masks/{image.name} is missing; a healthy volume needs an empty mask")
         if not facts.get("organ") or not facts.get("modality"):
             raise ZeroSegError(f"{folder.name} has no cases.json entry for {image.name}: give organ and modality")
-        cases.append(TrainingCase(image, mask, facts["organ"], facts["modality"], facts.get("kind"), not known))
+        cases.append(TrainingCase(image, mask, facts["organ"], facts["modality"], facts.get("kind"), not known, share))
     return cases
 
 
@@ -115,7 +122,7 @@ class CaseSets:
 
 def gather_cases(
     phantoms: str | Path | Sequence[str | Path] | None = None,
-    real: Sequence[Mapping[str, str]] = (),
+    real: Sequence[Mapping[str, Any]] = (),
     held_out: Mapping[str, Sequence[str]] | None = None,
     leave_out: Sequence[int] | None = None,
     fusion_phantoms: str | Path | None = None,
@@ -124,7 +131,7 @@ def gather_cases(
 
     Args:
         phantoms: folder of ``scripts/phantoms.py --volumes``, or several; None: none.
-        real: list of {folder, organ, modality}: real volumes with masks.
+        real: list of {folder, organ, modality} and perhaps weight: real volumes with masks.
         held_out: see :func:`refuse_held_out`.
         leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and fusion
             and measured afterwards.
@@ -136,7 +143,7 @@ def gather_cases(
     """
     folders = [phantoms] if isinstance(phantoms, (str, Path)) else phantoms or []
     drawn = [case for folder in folders for case in read_cases(folder)]
-    found = [case for entry in real for case in read_cases(entry["folder"], entry["organ"], entry["modality"])]
+    found = [case for entry in real for case in read_cases(**entry)]
     fold, folds = leave_out or (0, 0)
     left_out = [case for i, case in enumerate(found) if folds and i % folds == fold]
     kept = [case for case in found if case not in left_out]

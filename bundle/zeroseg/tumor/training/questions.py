@@ -8,20 +8,24 @@ import numpy as np
 from torch import Tensor
 
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.tumor.prompts import ANY_TUMOUR, ORGANS, prompt_set
+from zeroseg.tumor.prompts import ANY_TUMOUR, ORGANS, default_tumor, prompt_set
 from zeroseg.tumor.training.cases import TrainingCase
 
 ORGANS_OF_REGION = {
     "limb": ("limb", "thigh", "soft tissue"),
     "abdomen": ("abdomen", "liver", "kidney", "spleen", "pancreas", "colon", "hepatic vessel"),
     "chest": ("lung",),
-    "head": ("brain",),
+    "head": ("brain", "head"),
+    "neck": ("nasopharynx",),
 }
 """Region -> its organs. Asked for another region's tumour, nothing is to be found; within one, organs are not told apart."""
 WORDS_THAT_FIT = {
     "limb": ORGANS_OF_REGION["limb"],
     "thigh": ORGANS_OF_REGION["limb"],
     "soft tissue": ORGANS_OF_REGION["limb"],
+    "body": ("abdomen", "liver", "kidney", "lung", "soft tissue"),
+    "brain": ("brain", "brain", "head"),
+    "nasopharynx": ("nasopharynx", "nasopharynx", "head"),
 }
 """Organ -> organs whose words mean it as well; others also answer to the body as a whole."""
 
@@ -36,9 +40,9 @@ class Questions:
     def draw(self, rng: np.random.Generator, case: TrainingCase) -> tuple[str, str, bool]:
         """(organ, tumor, whether the words fit the place) for one step."""
         chance = rng.random()
-        if chance < self.fitting:
+        if chance < self.fitting or (case.organ == "body" and chance >= self.fitting + self.nonsense):
             organ = str(rng.choice([*WORDS_THAT_FIT.get(case.organ, (case.organ,)) * 2, "body"]))
-            names = ORGANS[organ]
+            names = ORGANS.get(organ, (default_tumor(organ),))
             return organ, str(rng.choice(names if rng.random() < 0.7 else ANY_TUMOUR)), True
         if chance < self.fitting + self.nonsense:
             letters = list(string.ascii_lowercase)

@@ -20,9 +20,12 @@ from zeroseg.errors import ZeroSegError
 from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.training.cases import TrainingCase
+from zeroseg.tumor.training.lesions import grow_lesion
 
 CROP_MM = 144.0
 """Side of what is trained on at once: 48 voxels of the embedded model."""
+KEPT_BYTES = 2**31
+"""Of volumes that are read once and kept."""
 
 
 @dataclass
@@ -92,6 +95,8 @@ class Sampling:
         variants: augmented readings of every real volume; phantoms get one each.
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's
             ``size_multiple``. None: that which is nearest to 144 mm.
+        grown: chance that a lesion is grown into a real volume, see :mod:`lesions`.
+        scales: between which the working spacing is drawn, as shares of the backbone's.
         readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
     """
 
@@ -99,6 +104,8 @@ class Sampling:
     variants: int = 8
     crop: int | None = None
     readers: int = 0
+    grown: float = 0.0
+    scales: tuple[float, float] = (0.8, 1.2)
 
 
 class CaseReader:
@@ -122,12 +129,14 @@ class CaseReader:
             raise ZeroSegError(f"crop must be a multiple of {step}, not {crop}")
         self.backbone, self.sampling, self.seed = backbone, replace(sampling, crop=crop), seed
         self.crop = crop
+        self._loaded: dict[Path, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def read(self, case: TrainingCase, rng: np.random.Generator | None = None) -> Example:
         """One case through the frozen encoder; with a generator, augmented."""
-        values, affine, mask = case.load()
+        values, affine, mask = self._load(case)
         backbone = self.backbone
-        scale = rng.uniform(0.8, 1.2) if rng is not None and case.real else 1.0
+        low, high = self.sampling.scales
+        scale = float(np.exp(rng.uniform(np.log(low), np.log(high)))) if rng is not None else 1.0
         prepared = prepare(
             values,
             affine,
@@ -140,8 +149,20 @@ class CaseReader:
         volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
             volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
+            if case.real and rng.random() < self.sampling.grown:
+                found = grow_lesion(volume[0, 0].numpy(), prepared.spacing, rng, case.modality)
+                if found is not None:
+                    volume, target = torch.from_numpy(found[0])[None, None], target | torch.from_numpy(found[1])
         features = self.backbone.read(volume).features
         return Example(tuple(f.cpu() for f in features), target, case, math.prod(prepared.spacing) / 1000)
+
+    def _load(self, case: TrainingCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = self._loaded.get(case.image)
+        if found is None:
+            found = case.load()
+            if sum(parts[0].nbytes for parts in self._loaded.values()) + found[0].nbytes < KEPT_BYTES:
+                self._loaded[case.image] = found
+        return found
 
     def jobs(self, cases: Sequence[TrainingCase]) -> list[tuple[TrainingCase, int, int]]:
         """(case, its number, number of the variant) for every reading."""

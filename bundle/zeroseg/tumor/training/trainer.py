@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
@@ -27,6 +28,8 @@ from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
+QUESTIONS = 2
+"""Asked about a volume per step of the second phase."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Schedule:
         lr: highest learning rate; warm-up, then a cosine to zero.
         weights: of the terms, over :data:`WEIGHTS`.
         real_share: of the volumes drawn per step.
+        minutes: after which a phase ends this call at the latest, its learning rate fallen; None: by its steps alone.
         save_every: steps between checkpoints.
     """
 
@@ -52,10 +56,11 @@ class Schedule:
     weights: Mapping[str, float] | None = None
     real_share: float = 0.25
     save_every: int = 200
+    minutes: float | None = None
 
-    def rate(self, step: int, steps: int) -> float:
-        """Factor of the learning rate at a step of a phase."""
-        return float(max(min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * step / steps)), 0.01))
+    def rate(self, step: int, done: float) -> float:
+        """Factor of the learning rate at a step of a phase, of which a share is done."""
+        return float(max(min(1, (step + 1) / 30) * (0.5 + 0.5 * np.cos(np.pi * min(done, 1))), 0.01))
 
 
 class AdapterTrainer:
@@ -107,6 +112,7 @@ class AdapterTrainer:
         self.adapters.fusion = self.adapters.presence = None
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
+        self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
         self.log: list[list] = []
         self.seconds = 0.0
 
@@ -129,7 +135,8 @@ class AdapterTrainer:
         return self.save({case.stem: round(fitter.dice(case), 4) for case in self.sets.left_out})
 
     def train(self) -> None:
-        """Both phases; the second begins with the first one's result and a tenth of its learning rate."""
+        """Both phases. The second begins with the first one's result and a tenth of its learning rate; alone, with the whole rate. It
+        ends with the running average of its weights."""
         checkpoint, schedule = self.work / "adapters.pt", self.schedule
         state = {"voxels": 0, "volumes": 0}
         if checkpoint.is_file():
@@ -138,22 +145,31 @@ class AdapterTrainer:
             self._calibrated = True
             state, self.log, self.seconds = saved["state"], saved["log"], saved["seconds"]
             self._optimizer_state = saved["optimizer"]
+            self.average.load_state_dict(saved["average"])
         if state["voxels"] < schedule.steps:
             samples = self.samples()
             rows = [[i for i, case in enumerate(samples.cases) if case.real is real] for real in (False, True)]
             self._phase("voxels", schedule.steps, schedule.lr, state, lambda rng: self._voxel_step(samples, rows, rng))
         if state["volumes"] < schedule.volume_steps:
+            self.calibrate()
             pools = phantoms_and_real(self.cases)
-            rate = schedule.lr / 10
+            rate = schedule.lr / 10 if schedule.steps else schedule.lr
             self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._volume_step(pools, rng))
+        if schedule.volume_steps:
+            self.adapters.load_state_dict(self.average.module.state_dict())
 
-    def samples(self) -> VoxelSamples:
-        """Voxels of all training cases, kept in ``work`` for the next run; new adapters are calibrated on some of them."""
+    def calibrate(self) -> None:
+        """Let new adapters know the statistics of what they will see, from some of the cases."""
         if not self._calibrated:
             jobs = self.reader.jobs(self.cases)
             order = np.random.default_rng(self.seed).permutation(len(jobs))[:60]
             calibrate(self.adapters, [self.reader.read_job(jobs[i]) for i in order], self.seed)
+            self.average.module.load_state_dict(self.adapters.state_dict())
             self._calibrated = True
+
+    def samples(self) -> VoxelSamples:
+        """Voxels of all training cases, kept in ``work`` for the next run."""
+        self.calibrate()
         return self.reader.samples(self.cases, self.adapters, self.work / "voxels.pt")
 
     def _phase(
@@ -169,17 +185,24 @@ class AdapterTrainer:
             optimizer.load_state_dict(self._optimizer_state)
         mean: dict[str, float] = {}
         bar = tqdm(range(state[name], steps), initial=state[name], total=steps, desc=name, mininterval=10)
+        begin, limit = time.monotonic(), 60 * (self.schedule.minutes or float("inf"))
+        narrow = getattr(self.backbone, "dtype", torch.float32) != torch.float32
         for step in bar:
+            elapsed = time.monotonic() - begin
+            if elapsed > limit:
+                self._save_checkpoint(optimizer, state)
+                break
             # A generator per step, so that a resumed run draws what a whole one would.
             rng = np.random.default_rng([self.seed, len(name), step])
             for group in optimizer.param_groups:
-                group["lr"] = lr * self.schedule.rate(step, steps)
+                group["lr"] = lr * self.schedule.rate(step, max(step / steps, elapsed / limit))
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.backbone.device.type != "mps"):
+            with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=narrow):
                 terms = terms_of(rng)
             sum(self.weights[key] * term for key, term in terms.items()).backward()
             torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
             optimizer.step()
+            self.average.update_parameters(self.adapters)
             for key, term in terms.items():
                 mean[key] = 0.97 * mean.get(key, term.item()) + 0.03 * term.item()
             state[name] = step + 1
@@ -192,14 +215,17 @@ class AdapterTrainer:
     def _save_checkpoint(self, optimizer: torch.optim.Optimizer, state: dict[str, int]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         parts = {"adapters": self.adapters.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+        parts["average"] = self.average.state_dict()
         part = self.work / "adapters.part"
         torch.save({**parts, "log": self.log, "seconds": self.seconds}, part)
         part.replace(self.work / "adapters.pt")
 
     def _draw(self, pools: list[list], rng: np.random.Generator):
         phantoms, real = pools
-        pool = real if real and (not phantoms or rng.random() < self.schedule.real_share) else phantoms
-        return pool[rng.integers(len(pool))]
+        if not real or (phantoms and rng.random() >= self.schedule.real_share):
+            return phantoms[rng.integers(len(phantoms))]
+        weights = np.array([1.0 if isinstance(entry, int) else entry.weight for entry in real])
+        return real[rng.choice(len(real), p=weights / weights.sum())]
 
     def _voxel_step(self, samples: VoxelSamples, pools: list[list[int]], rng: np.random.Generator) -> dict[str, Tensor]:
         """The terms of random voxels of ``volumes`` cases."""
@@ -215,15 +241,20 @@ class AdapterTrainer:
         return total
 
     def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
-        organ, tumor, fits = self.questions.draw(rng, example.case)
+        """The mean terms of ``QUESTIONS`` about one volume, which is adapted once."""
         device = self.backbone.device
-        prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
-        target = example.target if fits else torch.zeros_like(example.target)
-        features = [f.to(device, torch.float32) for f in example.features]
-        output = self.adapters(features, prompts.to(device), roles, example.voxel_ml)
-        for name in ("margin", "image_logit", "pooled"):
-            setattr(output, name, getattr(output, name).float())
-        return volume_terms(output, prompts.to(device), roles, target.to(device))
+        total: dict[str, Tensor] = {}
+        adapted = self.adapters.adapt([f.to(device, torch.float32) for f in example.features])
+        for _ in range(QUESTIONS):
+            organ, tumor, fits = self.questions.draw(rng, example.case)
+            prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
+            target = example.target if fits else torch.zeros_like(example.target)
+            output = self.adapters.attend(adapted, prompts.to(device), roles, example.voxel_ml)
+            for name in ("margin", "image_logit", "pooled"):
+                setattr(output, name, getattr(output, name).float())
+            for name, term in volume_terms(output, prompts.to(device), roles, target.to(device)).items():
+                total[name] = total.get(name, term.new_zeros(())) + term / QUESTIONS
+        return total
 
     def save(self, measured: Mapping[str, float] | None = None) -> dict:
         """Write adapters, config entries, record and sums; returns the record.
@@ -266,6 +297,8 @@ class AdapterTrainer:
             "real_share": schedule.real_share,
             "variants": sampling.variants,
             "crop": sampling.crop,
+            "grown": sampling.grown,
+            "scales": list(sampling.scales),
             "seed": self.seed,
             "parameters": sum(p.numel() for p in self.adapters.parameters()),
             "hours": round(self.seconds / 3600, 2),
