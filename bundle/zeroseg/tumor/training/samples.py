@@ -224,7 +224,9 @@ class CaseReader:
     def _key(self, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters) -> str:
         """Of all that decides what ``samples`` reads."""
         stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
-        decisive = [stems, self.seed, self.sampling.voxels, self.sampling.crop, adapters.options]
+        sampling = self.sampling
+        read_by = [sampling.voxels, sampling.crop, sampling.grown, list(sampling.scales)]
+        decisive = [stems, self.seed, *read_by, adapters.options]
         digest = hashlib.sha256(json.dumps(decisive).encode())
         digest.update(self.backbone.fingerprint.encode())
         for stage in adapters.stages:

@@ -145,7 +145,8 @@ class AdapterTrainer:
             self._calibrated = True
             state, self.log, self.seconds = saved["state"], saved["log"], saved["seconds"]
             self._optimizer_state = saved["optimizer"]
-            self.average.load_state_dict(saved["average"])
+            # A checkpoint of before has none: the average begins with it.
+            self.average.load_state_dict(saved.get("average", self.average.state_dict()))
         if state["voxels"] < schedule.steps:
             samples = self.samples()
             rows = [[i for i, case in enumerate(samples.cases) if case.real is real] for real in (False, True)]
