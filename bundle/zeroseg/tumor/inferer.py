@@ -315,11 +315,9 @@ class TumorSegmentationInferer(Inferer):
             encoder = TextEncoder(EMBEDDED_HEAD, device=str(self.backbone.device)).load()
             self._head = encoder, load_adapters(EMBEDDED_HEAD, encoder.dim).to(self.backbone.device)
         encoder, adapters = self._head
-        return self.replace(text_encoder=encoder, adapters=adapters)._with(adapters)
-
-    def _with(self, adapters: AovaAdapters) -> TumorSegmentationInferer:
-        self._adapters = adapters
-        return self
+        other = self.replace(text_encoder=encoder, adapters=adapters)
+        other._adapters = adapters
+        return other
 
     # One volume --------------------------------------------------------------------------------------------------------
 

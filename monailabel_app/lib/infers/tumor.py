@@ -61,7 +61,9 @@ class Tumor(ZeroSegTask):
         if known is not None:
             # This call spends no time on it.
             return key, replace(known, seconds={})
-        return key, self.inferer.encode(image.array, image.affine, modality, organ)
+        encoded = self.inferer.encode(image.array, image.affine, modality, organ)
+        self.encodings.put(key, encoded)
+        return key, encoded
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """The words themselves name the segment."""
