@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch.optim.swa_utils import AveragedModel
 
@@ -36,6 +37,8 @@ POOL, USES = 96, 24
 """Scenes in memory, and episodes drawn from one before it is painted anew."""
 PHANTOMS, REAL = 0.22, 0.15
 """Share of the pool's scenes that are phantoms, and regions of real scans where some are given."""
+FAR_OFF = 0.3
+"""Share of the cubes that are far too narrow or too wide."""
 SEEDS = 5_000_000
 """Of the first phantom; those drawn to measure with have lower ones."""
 
@@ -119,8 +122,11 @@ class Episode:
             seen = see(both, cube)
             self.inside = see_inside(cube, mask.shape)
             self.truth = self._turned(((seen[1] > 0.5) & (self.inside > 0)).numpy(), *self._symmetry())
-            if np.count_nonzero(self.truth) >= 8:
+            within = np.count_nonzero(self.truth)
+            if within >= 8:
                 break
+        # Of the object, in cells, what the cube leaves out.
+        self.outside = max(0.0, np.count_nonzero(mask) * CELLS**3 / float(np.prod(cube.sides)) - within)
         image = seen[0].numpy()
         if rng.random() < 0.4:
             image = thick_slices(image, rng)
@@ -152,8 +158,12 @@ class Episode:
         box = ndimage.find_objects(mask.astype(np.uint8))[0]
         wide = max(s.stop - s.start for s in box)
         side = float(np.clip(wide * np.exp(self.rng.uniform(np.log(1.15), np.log(4.5))), 14, 110))
-        if self.rng.random() < 0.1:
+        draw = self.rng.random()
+        if draw < 0.1:
             side = max(12.0, wide * self.rng.uniform(0.6, 1.1))
+        elif draw < 0.1 + FAR_OFF:
+            # The first look tries all widths, and the estimated IoU has to say which of them fits.
+            side = float(np.clip(wide * np.exp(self.rng.uniform(np.log(0.2), np.log(12))), 8, 160))
         if self.rng.random() < 0.6:
             middle = np.array([(s.start + s.stop) / 2 for s in box])
         else:
@@ -262,8 +272,12 @@ def spoil(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out
 
 
-def losses(logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x: torch.Tensor, first: bool) -> dict:
-    """Best-of-three cross-entropy and Dice within the scan, obedience at the marks, error of the estimated IoU."""
+def losses(logits: torch.Tensor, quality: torch.Tensor, seen: tuple, x: torch.Tensor, first: bool) -> dict:
+    """Best-of-three cross-entropy and Dice within the scan, obedience at the marks, error of the estimated IoU.
+
+    The IoU is with the whole object: what the cube leaves out counts as missed, so that the estimates of several cubes compare.
+    """
+    target, outside = seen
     t = target[:, None].float().expand_as(logits)
     inside = x[:, 1:2]
     bce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
@@ -281,7 +295,7 @@ def losses(logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x:
     obey = (asked * clear).sum((1, 2, 3, 4)) / (3 * clear.sum((1, 2, 3, 4)) + 1)
     with torch.no_grad():
         hard, truth = (logits > 0) & (inside > 0), target[:, None]
-        iou = (hard & truth).sum((2, 3, 4)) / ((hard | truth).sum((2, 3, 4)) + 1e-6)
+        iou = (hard & truth).sum((2, 3, 4)) / ((hard | truth).sum((2, 3, 4)) + outside[:, None] + 1e-6)
     return {"shape": shape.mean(), "obey": obey.mean(), "quality": F.binary_cross_entropy_with_logits(quality, iou), "iou": iou}  # fmt: skip
 
 
@@ -291,9 +305,10 @@ def average(means: list[torch.Tensor], current: list[torch.Tensor], count: torch
     torch._foreach_lerp_(means, current, 1 - kept)
 
 
-def seen(episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network's input and the truth."""
-    return torch.stack([e.input() for e in episodes]), torch.from_numpy(np.stack([e.truth for e in episodes]))
+def seen(episodes: list[Episode]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The network's input; the truth, and how many cells of it lie outside of the cube."""
+    truth = torch.from_numpy(np.stack([e.truth for e in episodes]))
+    return torch.stack([e.input() for e in episodes]), (truth, torch.tensor([e.outside for e in episodes]))
 
 
 def main() -> int:
@@ -303,13 +318,17 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=60, help="of this call; the learning rate falls over its last third"
     )
+    parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    net = VolumeHead().to(memory_format=torch.channels_last_3d)
+    net = VolumeHead()
+    if args.start is not None:
+        net.load_state_dict(load_file(args.start / "head.safetensors"))
+    net = net.to(memory_format=torch.channels_last_3d)
     mean = AveragedModel(net, multi_avg_fn=average)
     if args.export is not None:
         export(mean, args.work, args.export, lambda stored: {"batch": BATCH, "scans": stored["scans"]})
