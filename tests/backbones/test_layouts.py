@@ -146,6 +146,7 @@ def test_a_variant_is_what_is_asked_for(folder, tiny_backbone):
     refuses(folder, "vae holds no plain copy of its weights .there is: bf16, fp16")
 
 
+@pytest.mark.slow
 def test_files_may_change_once_they_are_read(folder, tiny_backbone):
     backbone = StableDiffusionBackbone(folder, device="cpu").load()
     for file in folder.rglob("*.safetensors"):
@@ -326,6 +327,7 @@ def test_the_whole_pipeline_runs_on_every_shape(pipeline):
         assert inferer.predict(encoded, **prompt).labels.shape == (70, 90)
 
 
+@pytest.mark.slow
 def test_xl_text_is_that_of_its_own_pipeline(tokenizer, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
@@ -429,6 +431,7 @@ def fetch(url: str, home: Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **settings})
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_fetched_and_its_size_is_said(hub, tmp_path):
     url, handler = hub
     done = fetch(url, tmp_path / "home")
@@ -446,6 +449,7 @@ def test_only_what_is_needed_is_fetched_and_its_size_is_said(hub, tmp_path):
     assert not [line for line in handler.asked[count:] if ".safetensors" in line], "nothing twice"
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_off_goes_on(hub, tmp_path):
     url, handler = hub
     handler.cut = f"unet/{UNET}.fp16.safetensors"

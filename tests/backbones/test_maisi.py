@@ -162,6 +162,7 @@ def test_an_autoencoder_wrapped_and_parallel(released, tmp_path):
     torch.testing.assert_close(backbone.autoencoder.state_dict(), release.autoencoder.state_dict())
 
 
+@pytest.mark.slow
 def test_bad_released_files(released, tmp_path):
     _, release = released
     given, unet = files(release), release.unet

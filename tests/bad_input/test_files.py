@@ -81,6 +81,7 @@ def test_no_hostile_file_takes_memory(answers):
     assert answers[1] < 150, "MB"
 
 
+@pytest.mark.slow
 def test_a_run_over_all_of_them_writes_nothing_but_the_one_sound_case(hostile, tiny_backbone, tmp_path, capsys):
     Image.fromarray(color()).save(hostile / "good.png")
     with pytest.raises(SystemExit) as end:

@@ -51,6 +51,7 @@ def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     assert 150e6 < memory.peak - empty.peak < 300e6
 
 
+@pytest.mark.slow
 def test_figures_are_complete_and_consistent(tmp_path, capsys):
     path = tmp_path / "figures.json"
     assert main(["--tiny", "--repeat", "1", "--reference", "--json", str(path)]) == 0
@@ -67,6 +68,7 @@ def test_figures_are_complete_and_consistent(tmp_path, capsys):
     assert "weights are random" in printed and "pipeline_over_forward" in printed
 
 
+@pytest.mark.slow
 def test_an_existing_pipeline_is_measured(tiny_pipeline, tmp_path, capsys):
     path = tmp_path / "figures.json"
     arguments = ["--backbone", str(tiny_pipeline), "--select", "auto", "--repeat", "1", "--json", str(path)]
@@ -84,6 +86,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert error.startswith("benchmark.py: ") and message in error
 
 
+@pytest.mark.slow
 def test_a_fresh_process_is_timed_to_its_first_mask():
     seconds = startup("embedded", 64)
     assert 0 < seconds["startup_import_s"] < seconds["startup_first_mask_s"]

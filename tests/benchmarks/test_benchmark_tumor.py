@@ -8,6 +8,7 @@ from tumor_model import tiny_config
 PASSES = {"encode", "decode", "aova", "denoise", "inpaint", "repaint_step", "pixel", "feature"}
 
 
+@pytest.mark.slow
 def test_every_pass_is_measured():
     figures = measure(RandomMaisi(tiny_config()), 32, 2)
     assert set(figures) == PASSES
@@ -16,6 +17,7 @@ def test_every_pass_is_measured():
     assert figures["inpaint"]["seconds"] > figures["pixel"]["seconds"]
 
 
+@pytest.mark.slow
 def test_the_program_writes_its_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmark_tumor.SHAPES", {"compact": tiny_config()})
     assert main(["--size", "16", "32", "--steps", "1", "--json", str(tmp_path / "figures.json")]) == 0

@@ -124,6 +124,7 @@ def test_every_bad_input_in_one_run(tiny_pipeline, tmp_path):
     assert {p.name for p in out.iterdir()} == {"manifest.json", *good[0]["files"]}
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_one_line(tiny_pipeline, tmp_path):
     Image.fromarray(gray()).save(tmp_path / "a.png")
     options = ["--dataset_dir", tmp_path / "a.png", "--output_dir", tmp_path / "out", "--backbone", tiny_pipeline]

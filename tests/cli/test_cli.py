@@ -150,6 +150,7 @@ def test_clicks_are_for_one_image(picture, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["batch", "rerun", "evaluate", "serve", "benchmark"])
+@pytest.mark.slow
 def test_the_old_scripts_still_answer(name):
     script = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)

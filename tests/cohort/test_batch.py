@@ -95,6 +95,7 @@ def test_files_and_entries_are_the_bundles(worker, images, out, tmp_path, tiny_b
         assert (out / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_done_is_skipped_until_something_about_it_changes(worker, images, out):
     first, second = jobs_of(images)
     assert not worker().work(first)["skipped"]

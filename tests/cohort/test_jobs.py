@@ -111,6 +111,7 @@ def test_a_row_that_cannot_be_opened_fails_alone(images):
         ("nowhere", {"Modality": "CT"}, "only go with the URL of a DICOMweb server"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_listed_is_one_line(source, filters, message):
     with pytest.raises(ZeroSegError) as error:
         list_jobs(source, None, PROMPT_KEYS, filters=filters)

@@ -97,6 +97,7 @@ def test_two_processes_with_the_embedded_weights(tmp_path):
     assert np.asarray(Image.open(two / "photo_seg.png")).any()
 
 
+@pytest.mark.slow
 def test_every_case_again(tiny_pipeline, manifest, images, tmp_path, capsys):
     assert again(manifest, images, tmp_path / "two", "--compare", *weights(tiny_pipeline)) == (0, 0)
     then, now = (json.loads(p.read_text()) for p in (manifest, tmp_path / "two" / "manifest.json"))
@@ -111,11 +112,13 @@ def test_every_case_again(tiny_pipeline, manifest, images, tmp_path, capsys):
             assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_case(tiny_pipeline, manifest, images, tmp_path):
     again(manifest, images, tmp_path / "two", "--case", "sub_second", *weights(tiny_pipeline))
     assert {p.name.split("_seg")[0] for p in (tmp_path / "two").glob("*_seg*")} == {"sub_second"}
 
 
+@pytest.mark.slow
 def test_a_tumour_model(tiny_tumor_model, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -132,6 +135,7 @@ def test_a_tumour_model(tiny_tumor_model, tmp_path):
     assert now["settings"] == then["settings"] and now["cases"][0]["files"] == then["cases"][0]["files"]
 
 
+@pytest.mark.slow
 def test_a_mask_that_differs_is_told(tiny_pipeline, manifest, images, tmp_path, capsys):
     content = json.loads(manifest.read_text())
     content["cases"][1]["mask_sha256"] = "0" * 64
@@ -141,6 +145,7 @@ def test_a_mask_that_differs_is_told(tiny_pipeline, manifest, images, tmp_path, 
     assert "first: the mask DIFFERS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_again(tiny_pipeline, images, tmp_path, capsys):
     (images / "bad.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
@@ -162,6 +167,7 @@ def refused(message: str, *arguments) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_is_not_the_same_is_not_run(tiny_pipeline, tiny_tumor_model, manifest, images, tmp_path):
     out, here = tmp_path / "two", weights(tiny_pipeline)
     refused("backbone sha256 is not that of the manifest", manifest, images, out, "--set", "device=cpu")
@@ -190,6 +196,7 @@ def test_what_is_not_the_same_is_not_run(tiny_pipeline, tiny_tumor_model, manife
         (lambda m: m["backbone"].update(dtype="$1/0"), "backbone dtype is not that of the manifest"),
     ],
 )
+@pytest.mark.slow
 def test_a_manifest_is_data_from_anyone(tiny_pipeline, manifest, images, tmp_path, monkeypatch, edit, message):
     monkeypatch.chdir(tmp_path)
     change(manifest, edit)

@@ -85,6 +85,7 @@ def test_baselines_take_marks(method):
     assert innermost(truth) == (30, 40)
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_the_interactive_protocols(tmp_path, tiny_pipeline):
     truth = disc(30, 40, 15)
     for name in ("images", "masks"):

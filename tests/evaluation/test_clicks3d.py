@@ -73,6 +73,7 @@ def test_baselines_find_what_is_plain_to_see(method):
     assert constant[12, 13, 10] and not constant[1, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     for folder in ("images", "masks"):
         (tmp_path / "set" / folder).mkdir(parents=True)

@@ -291,6 +291,7 @@ def run(dataset, out, pipeline, *more: str) -> int:
     return main(["evaluate", *folders, "--backbone", str(pipeline), "--device", "cpu", *more])
 
 
+@pytest.mark.slow
 def test_a_folder_is_evaluated(dataset, tmp_path, tiny_pipeline, capsys):
     out = tmp_path / "out"
     assert run(dataset, out, tiny_pipeline, "--protocol", "oracle_union,auto,points", "--control", "untrained") == 0
@@ -347,6 +348,7 @@ def test_masks_may_have_another_format_and_any_nonzero_value(dataset, tmp_path, 
     assert summary["protocols"]["auto"]["n"] == 2 and summary["baselines"]["otsu"]["dice"] > 0.99
 
 
+@pytest.mark.slow
 def test_a_suite_skips_volumes_and_makes_one_table(dataset, tmp_path, tiny_pipeline, capsys):
     suite, out = dataset.parent, tmp_path / "out"
     for stem in ("a", "b"):
@@ -370,6 +372,7 @@ def test_a_suite_skips_volumes_and_makes_one_table(dataset, tmp_path, tiny_pipel
     assert page.count("<figure>") == len(places)
 
 
+@pytest.mark.slow
 def test_halves_share_no_case(dataset, tmp_path, tiny_pipeline):
     write_case(dataset, "002", (8, 8, 24, 24))  # the only one of dev
     found = {}

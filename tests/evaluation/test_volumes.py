@@ -128,6 +128,7 @@ def run(dataset, model, out, *more) -> int:
     return main(["evaluate", *map(str, ("--inferer", "tumor", "--backbone", model, *folders, *words)), *more])
 
 
+@pytest.mark.slow
 def test_a_folder_of_volumes_is_evaluated(dataset, model, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(dataset, model, out, "--ablation", "--nonsense", "--steps", "1,2") == 0
@@ -163,6 +164,7 @@ def test_healthy_scans_alone_give_rates_only(dataset, model, tmp_path):
     assert summary["protocols"] == summary["baselines"] == {} and set(summary["absent"]) == {"healthy"}
 
 
+@pytest.mark.slow
 def test_a_case_can_be_asked_for_words_of_its_own(dataset, model, tmp_path, capsys):
     words = {"a": {"organ": "brain", "tumor": "glioma", "seed": 7}, "b": {"modality": "mr"}, "elsewhere": {}}
     (tmp_path / "cases.json").write_text(json.dumps(words))

@@ -134,6 +134,7 @@ def test_encode_once_prompt_often(make, disc, forwards):
     assert forwards() == 1, "prompts do not run the UNet again"
 
 
+@pytest.mark.slow
 def test_an_earlier_prompt_leaves_nothing_behind(make, disc):
     encoded = make().encode(disc[0])
     for rule, prompt in [*PROMPTS.items(), *PROMPTS.items()]:

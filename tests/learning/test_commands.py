@@ -69,6 +69,7 @@ def test_learning_goes_on(learned, tiny, tmp_path):
     assert json.loads((learned / "manifest.json").read_text())["settings"]["resumed"] is True
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(learned, tiny, tmp_path, capsys):
     images, masks = tmp_path / "images", tmp_path / "masks"
     learn = ["learn", "--images", images, "--labels", masks, "--output-dir", tmp_path / "new", *tiny]
@@ -100,6 +101,7 @@ def test_an_exemplar_labels_a_folder(tiny, tmp_path):
     assert manifest["settings"]["exemplar"] == {"labels": {"object": 1}}
 
 
+@pytest.mark.slow
 def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
     draw(tmp_path, "abcde")
     folders = ["--images", tmp_path / "images", "--masks", tmp_path / "masks", "--cache", tmp_path / "cache"]

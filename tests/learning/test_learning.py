@@ -61,6 +61,7 @@ def head(inferer, few_steps) -> LearnedHead:
     return LearnedHead(inferer, network, components, LABELS, {"shots": 1, **facts})
 
 
+@pytest.mark.slow
 def test_it_learns_from_two_images_over_the_embedded_model(embedded_backbone):
     inferer = AttentionSegmentationInferer(embedded_backbone, resolution=128)
     seen: list[tuple[int, int, float]] = []
@@ -92,6 +93,7 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
     np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, inferer, few_steps):
     image, label = scene(0)
     reading = read_prepared(inferer, prepare(torch.from_numpy(image)))
@@ -147,6 +149,7 @@ def test_what_was_tampered_with_is_refused(head, inferer, tmp_path, what):
         LearnedHead.load(tmp_path, inferer)
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_head(head, inferer, tmp_path):
     head.save(tmp_path)
     before = read_folder(tmp_path)[1]

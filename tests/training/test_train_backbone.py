@@ -64,6 +64,7 @@ def unet_files(folder) -> dict[str, str]:
     return {name: digest for name, digest in verify_sums(folder).items() if name.startswith("unet")}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_can_be_exported_again(trained, tmp_path, capsys):
     arguments, out = trained
     elsewhere = [*arguments[:-1], str(tmp_path / "again")]

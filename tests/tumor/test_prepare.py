@@ -132,6 +132,7 @@ def test_a_volume_smaller_than_anything():
     assert prepared.to_input(prepared.volume[0, 0]).shape == (3, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_huge_extent_is_worked_on_coarsely():
     prepared = prepare(np.random.default_rng(0).random((1, 9, 9, 9)), np.diag([200.0, 200, 200, 1]), "mr", (3, 3, 3))
     assert prepared.volume.numel() < 1.2 * WORKING_VOXELS and any("very large" in note for note in prepared.notes)
