@@ -75,11 +75,13 @@ class Case:
 
 @dataclass
 class Volume:
-    """One phantom: (X, Y, Z) float32 ``image`` in HU, signal or SUV, (X, Y, Z) bool ``mask`` of the lesion, and its ``case``."""
+    """One phantom: (X, Y, Z) float32 ``image`` in HU, signal or SUV, (X, Y, Z) bool ``mask`` of the lesion, its ``case``, and
+    (X, Y, Z) ``tissue``, ``AIR`` to ``COUCH``, as it was before the lesion grew."""
 
     image: np.ndarray
     mask: np.ndarray
     case: Case
+    tissue: np.ndarray
 
 
 class Body:
@@ -411,6 +413,7 @@ def make_volume(
     scene: str | None = None,
     lesion: bool | None = None,
     largest: int = 64,
+    field: Sequence[float] | None = None,
 ) -> Volume:
     """Draw one phantom.
 
@@ -421,6 +424,7 @@ def make_volume(
         scene: one of ``SCENES``; None: drawn, limbs most often.
         lesion: whether there is one; None: in every second phantom.
         largest: voxels of the longest side at most.
+        field: (3,) half the width of the field of view in mm, across the middle of the body; None: drawn, around the lesion.
     """
     rng = np.random.default_rng([seed, 3])
     drawn = (MODALITIES[rng.integers(3)], str(rng.choice(list(SCENES), p=[0.46, 0.28, 0.11, 0.15])), bool(rng.random() < 0.5))  # fmt: skip
@@ -440,8 +444,11 @@ def make_volume(
         around = (
             radius * rng.uniform(1.5, 2.7, 3) if scene == "limb" and rng.random() < 0.75 else rng.uniform(55, 96, 3)
         )
-        shape = np.clip(np.round(2 * around / SPACING), 16, largest).astype(int)
+        around = around if field is None else np.array(field, float)
+        shape = np.clip(np.round(2 * around / SPACING), 1 if field else 16, largest).astype(int)
         middle = spot + rng.uniform(-0.25, 0.25, 3) * np.minimum(around, shape * SPACING / 2)
+        if field is not None:
+            middle[:2] = rng.normal(0, 6, 2)
         pushes = lesion and organ in ("limb", "abdomen", "brain") and kind != "infiltrating"
         body = Body(rng, shape, middle, (spot, radius * 0.9) if pushes else None)
         SCENES[scene][1](body, rng, modality, geometry)
@@ -453,7 +460,7 @@ def make_volume(
         if mask.sum() >= max(20, 0.4 * (sdf > 0).sum()) and mask.mean() < 0.5:
             break
     else:
-        return make_volume(seed + 10_000_019, kinds, modality, scene, lesion, largest)
+        return make_volume(seed + 10_000_019, kinds, modality, scene, lesion, largest, field)
     values = np.array([rng.uniform(*span) for span in VALUES[modality]])
     if modality == "mr" and scene == "head" and rng.random() < 0.5:  # T2 and FLAIR: fluid or grey matter bright
         values[[GREY, WHITE, CSF]] = rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.4), rng.choice([0.05, 1.1])
@@ -464,7 +471,7 @@ def make_volume(
     words = str(rng.choice(TUMOURS[organ])) if lesion else None
     what = f"{kind} {words}" if lesion else "nothing abnormal"
     case = Case(organ, words, modality, kind if lesion else None, scene, f"{modality} of {organ} with {what}", seed)
-    return Volume(image, mask, case)
+    return Volume(image, mask, case, body.tissue)
 
 
 def _scan(body: Body, rng: np.random.Generator, image: np.ndarray, modality: str) -> np.ndarray:

@@ -16,10 +16,10 @@ def shipped():
     return read_vocabulary()
 
 
-def test_every_concept_is_of_the_training_captions(shipped):
-    """Captions are put together of phrases that stand as they are in the two scripts that train."""
+def test_every_concept_is_of_the_training(shipped):
+    """What was trained are phrases that stand as they are in the scripts that train."""
     training = Path(__file__).parents[2] / "scripts" / "training"
-    told = " ".join((training / name).read_text() for name in ("phantoms.py", "train_backbone.py"))
+    told = " ".join((training / name).read_text() for name in ("phantoms.py", "train_backbone.py", "concepts.py"))
     assert all(re.search(rf"[\" ]{concept}[\", ]", told) for concept in shipped.concepts)
 
 
@@ -36,10 +36,23 @@ def test_what_the_model_knows_stays_as_it_is(shipped):
         *shipped.concepts,
         "chest x-ray with heart, lungs",
         "blood smear with white blood cell",
-        "a cell",
+        "blood",
         "Skin lesion",
     ):
         assert shipped.look_up(text) == Meaning(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("lungs", (("lungs",),)),
+        ("Chest X-ray with lungs, no heart", (("chest x-ray",), ("lungs",))),
+        ("skin lesion in dermoscopy", (("skin lesion",), ("dermoscopy",))),
+        ("blood", (("blood smear", "white blood cell", "red blood cells"),)),
+    ],
+)
+def test_what_is_asked_for(shipped, text, asked):
+    assert shipped.things(text) == asked
 
 
 @pytest.mark.parametrize(

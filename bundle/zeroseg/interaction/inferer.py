@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +28,12 @@ from zeroseg.interaction.naming import BACKGROUND, Naming, name_segments
 from zeroseg.interaction.promptable import answer_by_head, find_whole
 from zeroseg.interaction.prompts import Prompts, check_prompts, check_text, contradicts
 from zeroseg.interaction.settings import ENCODING, MERGE, Settings, with_preset
-from zeroseg.interaction.text import TextProbe, standardise
+from zeroseg.interaction.synonyms import sentence_encoder
+from zeroseg.interaction.text import TextEvidence, TextProbe, standardise
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
 from zeroseg.interaction.volume import segment_volume
 from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
+from zeroseg.interaction.word_head import WordProbe
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
@@ -274,7 +275,7 @@ class AttentionSegmentationInferer(Inferer):
                 raise ZeroSegError(f"{other!r} and {noun!r} are both taken for {meaning.text!r}: give one of them")
         with timed(seconds, "text"):
             evidence = [
-                None if m.text is None or p else self._probe(encoded)(m.text)
+                None if m.text is None or p else self._evidence(encoded, m.text)
                 for m, p in zip(meanings, plain, strict=True)
             ]
         return name_segments(nouns, meanings, evidence, owner, count, self.text_certainty)
@@ -313,7 +314,18 @@ class AttentionSegmentationInferer(Inferer):
 
     def meaning(self, text: str) -> Meaning:
         """What the backbone is told for a prompt: words the embedded one was trained with, any other one the prompt itself."""
-        return read_vocabulary(self.vocabulary).look_up(text) if self.backbone.source == EMBEDDED else Meaning(text)
+        if self.backbone.source != EMBEDDED:
+            return Meaning(text)
+        return read_vocabulary(self.vocabulary).look_up(text, sentence_encoder() if self.alike else None)
+
+    def _evidence(self, encoded: EncodedImage, text: str) -> TextEvidence:
+        """What is said about words that ``meaning`` gave: by the word head, where it knows them, else by the backbone."""
+        if self.words == "head" and self.backbone.source == EMBEDDED:
+            things = read_vocabulary(self.vocabulary).things(text)
+            probe = encoded.keep("words", (), lambda: WordProbe(self.backbone, encoded.image, encoded.side))
+            if probe.knows(things):
+                return probe(things)
+        return self._probe(encoded)(text)
 
     def _probe(self, encoded: EncodedImage) -> TextProbe:
         def probe() -> TextProbe:
@@ -328,23 +340,17 @@ class AttentionSegmentationInferer(Inferer):
         if meaning.text is None:
             return unknown_words(prompts, meaning, seconds)
         with timed(seconds, "text"):
-            evidence = self._probe(encoded)(meaning.text)
-        details = {
-            "text": prompts.text,
-            **meaning.describe(),
-            "gain": round(evidence.gain, 6),
-            "certainty": round(evidence.certainty, 3),
-        }
+            evidence = self._evidence(encoded, meaning.text)
+        details = {"text": prompts.text, **meaning.describe(), **evidence.record()}
         if evidence.certainty < self.text_certainty:
             empty = np.zeros(encoded.size, np.uint8)
-            # Of a normal deviate.
-            sure = math.erf((self.text_certainty - evidence.certainty) / math.sqrt(2))
-            confidence = np.full(encoded.size, sure, np.float32)
-            reason = "the words explain the image no better than no words do"
+            confidence = np.full(encoded.size, evidence.doubt(self.text_certainty), np.float32)
+            reason = evidence.absent_because
             notes = meaning.notes(prompts.text)
             return Segmentation(empty, confidence, [], "text", True, seconds, details, prompts.text, reason, notes)
         with timed(seconds, "select"):
-            relevance = evidence.relevance + SALIENCE * standardise(encoded.salience)
+            salience = standardise(encoded.salience)
+            relevance = standardise(evidence.relevance).to(salience.device) + SALIENCE * salience
         result = self._split(encoded, relevance, prompts, seconds, None, details)
         result.notes += meaning.notes(prompts.text)
         return result

@@ -91,7 +91,7 @@ def name_segments(
         if k != background:
             entry["absent"] = not present[k]
         if found is not None:
-            entry |= {"gain": round(found.gain, 6), "certainty": round(found.certainty, 3)}
+            entry |= found.record()
         if (best == k).any():
             entry["share"] = round(float(shares[best == k, k].mean()), 4)
         entries.append(entry)

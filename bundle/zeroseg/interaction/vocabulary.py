@@ -1,17 +1,19 @@
-"""Words people type -> words the embedded backbone was trained with.
+"""Words people type -> words the embedded model was trained with.
 
-The embedded text encoder knows the few dozen phrases of its training captions and nothing else: "melanoma" is to it a row of letters.
-A vocabulary says that it is a skin lesion. It replaces words only: whether the thing is in the image is tested afterwards as ever.
+The embedded word head knows some dozens of concepts, and the embedded text encoder the phrases of its training captions: "melanoma" is to
+both a row of letters. A vocabulary says that it is a skin lesion. It replaces words only: whether the thing is in the image is tested afterwards as ever.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
+
+from torch import Tensor
 
 from zeroseg.errors import ZeroSegError
 
@@ -19,6 +21,12 @@ SHIPPED = Path(__file__).with_name("vocabulary.txt")
 """The concepts of the embedded backbone and terms for them."""
 NEAREST = 3
 """So many known words are named where a word is not known."""
+
+LEAST_ALIKE = 0.7
+"""Least cosine of two phrases that are taken for each other. Of 21 unlisted names of known things 19 were taken for something, 17 for the right
+one, and of 36 other words ("giraffe", "pancreas", "thyroid nodule") none."""
+SHORTEST = 4
+"""Letters of the shortest term that is compared by meaning: abbreviations such as PET are also other words."""
 
 # What joins phrases in the training captions, "no" among them.
 _JOINTS = re.compile(r"((?:\s*(?:[,;]|\b(?:with|and|in|of|on|no)\b)\s*)+)", re.IGNORECASE)
@@ -33,8 +41,8 @@ class Meaning:
     Attributes:
         text: words for the backbone, or None where none are known.
         replaced: whether they are other words than the prompt's.
-        similarity: 1.0 for what the vocabulary holds, 0.0 for what it does not.
-        nearest: known words that look most like an unknown prompt, the nearest first, with what each is taken for.
+        similarity: 1.0 for what the vocabulary holds, a cosine for what means nearly the same, 0.0 for what is not known.
+        nearest: known words that look, or mean, most like an unknown prompt, the nearest first, with what each is taken for.
     """
 
     text: str | None
@@ -69,6 +77,7 @@ class Vocabulary:
         self.targets = targets
         self.concepts = tuple(dict.fromkeys(targets.values()))
         self._known = {normalise(term): concept for term, concept in targets.items()}
+        self._vectors: Tensor | None = None
         self._words = {word for concept in self.concepts for word in normalise(concept).split()}
 
     @property
@@ -76,14 +85,16 @@ class Vocabulary:
         """All terms that are no concepts."""
         return tuple(term for term, concept in self.targets.items() if term != concept)
 
-    def look_up(self, text: str) -> Meaning:
+    def look_up(self, text: str, encoder: Callable[[Sequence[str]], Tensor] | None = None) -> Meaning:
         """What a prompt is taken for.
 
         A concept, and any phrase made only of words of concepts, stays as it is. A term is replaced; so are the terms of a phrase
-        whose parts, between commas, "with", "and", "in", "of", "on" and "no", are all known.
+        whose parts, between commas, "with", "and", "in", "of", "on" and "no", are all known. Anything else is taken for the term that
+        means most alike, where an encoder is given and they are alike enough.
 
         Args:
             text: a prompt, not blank.
+            encoder: phrases -> (n, D) vectors of length 1, see ``synonyms.SentenceEncoder``; always the same one.
         """
         key = normalise(text)
         concept = self._known.get(key)
@@ -93,6 +104,8 @@ class Vocabulary:
         # Capital letters and commas are nothing to the backbone's tokenizer, which was trained with both kinds of caption.
         parts = _JOINTS.split(text.strip())
         pieces = [part if _JOINTS.fullmatch(part) or not part.strip() else self._piece(part) for part in parts]
+        if key and None in pieces and encoder is not None:
+            return self._alike(text, encoder)
         if not key or None in pieces:
             return Meaning(None, similarity=0.0, nearest=self._nearest(key))
         meant = "".join(piece for piece in pieces if piece is not None)
@@ -106,6 +119,50 @@ class Vocabulary:
             return text if _spelled(text) == _spelled(concept) else concept
         return text if all(word in self._words for word in key.split()) else None
 
+    def things(self, text: str) -> tuple[tuple[str, ...], ...]:
+        """The concepts that known words ask for, as ``look_up`` gives them.
+
+        Of "chest x-ray with lungs, no heart" the first two parts; what is said not to be there is not asked for. A part that is no
+        concept, such as "cell", stands for all whose names hold its words.
+
+        Returns:
+            of each part the concepts it may be.
+        """
+        asked, wanted = [], True
+        for part in _JOINTS.split(text.strip()):
+            if _JOINTS.fullmatch(part):
+                wanted = not re.search(r"\bno\b", part, re.IGNORECASE)
+                continue
+            key = normalise(part)
+            if not key or not wanted:
+                continue
+            concept = self._known.get(key)
+            words = set(key.split())
+            asked.append(
+                (concept,)
+                if concept is not None
+                else tuple(c for c in self.concepts if words <= set(normalise(c).split()))
+            )
+        return tuple(asked)
+
+    def _alike(self, text: str, encoder: Callable[[Sequence[str]], Tensor]) -> Meaning:
+        terms = [term for term in self.targets if len(normalise(term)) >= SHORTEST]
+        if self._vectors is None:
+            self._vectors = encoder(terms)
+        cosines = (self._vectors @ encoder([text])[0]).tolist()
+        best: dict[str, tuple[float, str]] = {}
+        for cosine, term in sorted(zip(cosines, terms, strict=True), reverse=True):
+            best.setdefault(self.targets[term], (cosine, term))
+        (concept, (most, _)), *_ = best.items()
+        if most >= LEAST_ALIKE:
+            return Meaning(concept, True, round(most, 2))
+        return Meaning(None, similarity=0.0, nearest=self._named(best))
+
+    def _named(self, best: dict[str, tuple[float, str]]) -> tuple[str, ...]:
+        """The terms of the nearest concepts, with what each stands for."""
+        first = list(best.items())[:NEAREST]
+        return tuple(term if term == concept else f"{term} ({concept})" for concept, (_, term) in first)
+
     def _nearest(self, key: str) -> tuple[str, ...]:
         """One term for each of the nearest concepts."""
         words = set(key.split())
@@ -116,8 +173,7 @@ class Vocabulary:
             score = max(shared, SequenceMatcher(None, key, known, autojunk=False).ratio())
             if score > scored.get(concept, (-1.0, ""))[0]:
                 scored[concept] = score, term
-        best = sorted(scored.items(), key=lambda item: -item[1][0])[:NEAREST]
-        return tuple(term if term == concept else f"{term} ({concept})" for concept, (_, term) in best)
+        return self._named(dict(sorted(scored.items(), key=lambda item: -item[1][0])))
 
 
 def normalise(text: str) -> str:
