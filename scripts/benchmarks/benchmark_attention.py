@@ -218,6 +218,12 @@ class PeakMemory:
             self.peak = torch.cuda.max_memory_allocated(self.device)
 
 
+def process_peak_mb() -> float:
+    """Largest resident set of this process so far, in MB."""
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+
+
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -340,8 +346,7 @@ def measure(
     figures["pipeline_over_unet_forward"] = after_vae / figures["unet_forward_s"]
 
     if once:
-        # Linux counts in KiB.
-        figures["process_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+        figures["process_peak_mb"] = process_peak_mb()
     else:
         figures |= peak_memory(inferer, square, image, select)
     figures |= {"tokens": len(attention), "segments": len(proposals)}
