@@ -13,6 +13,7 @@ model's own spacing, so that no resampling takes part. Each pass runs once after
   repaint_step           (inpaint at --steps) / --steps: a denoising step with noising and blending
   aova, pixel, feature   adapters and text; what the residuals add. Region: the middle eighth of the volume
 With --training, in place of those, what train_tumor.yaml does with volumes of one's own, by its own settings:
+  encoder                the frozen encoder's plain pass over a cube of the training's size, to compare with
   reading                one reading of a case: augmented, cut to the training's size, through the frozen encoder, 500 voxels drawn
   voxel_step             a step of the first phase, on voxels of 32 readings
   volume_step            a step of the second phase, off by default: 4 volumes read anew, through the adapters and back
@@ -28,6 +29,7 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -132,13 +134,15 @@ def measure_training(backbone: MaisiBackbone, size: int, clock: str = "wall") ->
         def phase(name: str, steps: int, terms: Callable) -> None:
             trainer._phase(name, steps, trainer.schedule.lr, {name: 0}, terms)
 
+        cube = torch.rand((1, 1, *(trainer.reader.crop,) * 3), device=backbone.device)
+        measured(figures, "encoder", lambda: backbone.encode(cube), backbone.device, clock)
         measured(figures, "reading", read, backbone.device, clock)
         samples = trainer.samples()
         rows: list[list[int]] = [[], list(range(len(samples.cases)))]
-        step = lambda draw: trainer._voxel_step(samples, rows, draw)  # noqa: E731
-        measured(figures, "voxel_step", lambda: phase("voxels", VOXEL_STEPS, step), backbone.device, clock, VOXEL_STEPS)
-        step = lambda draw: trainer._volume_step([[], trainer.cases], draw)  # noqa: E731
-        measured(figures, "volume_step", lambda: phase("volumes", 1, step), backbone.device, clock)
+        draw = partial(trainer._voxel_step, samples, rows)
+        measured(figures, "voxel_step", lambda: phase("voxels", VOXEL_STEPS, draw), backbone.device, clock, VOXEL_STEPS)
+        whole = partial(trainer._volume_step, [[], trainer.cases])
+        measured(figures, "volume_step", lambda: phase("volumes", 1, whole), backbone.device, clock)
         figures["reading"]["crop_voxels"] = trainer.reader.crop
         figures["voxel_step"]["parameters"] = sum(p.numel() for p in trainer.adapters.parameters())
     return figures

@@ -30,7 +30,7 @@ def test_the_training_of_adapters_is_measured(tmp_path, capsys, monkeypatch):
     path = tmp_path / "figures.json"
     assert main(["--training", "--size", "24", "--clock", "processor", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())["sizes"]["24"]
-    assert set(figures) == {"reading", "voxel_step", "volume_step"}
+    assert set(figures) == {"encoder", "reading", "voxel_step", "volume_step"}
     assert all(f["seconds"] > 0 for f in figures.values())
     assert "| volume_step |" in capsys.readouterr().out
     assert main(["--training", "--size", "4"]) == 2
