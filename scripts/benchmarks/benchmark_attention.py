@@ -12,8 +12,9 @@ image, so that random attention, too, is merged into several segments. Their num
 
 Every stage is timed --repeat times after one warm-up round, all stages in turn in every round; medians are reported:
   vae_encode_s       image -> latent
+  text_embed_s       words that were not embedded before
   unet_forward_s     plain UNet forward on the latent
-  unet_capture_s     the same with all self-attention recorded
+  unet_capture_s     the same with all self-attention recorded, as far as its last layer
   plain_forward_s    vae_encode_s + unet_forward_s: the backbone's own work
   capture_forward_s  vae_encode_s + unet_capture_s
   aggregate_s        self-attention of all grids -> one map per token
@@ -30,6 +31,12 @@ Every stage is timed --repeat times after one warm-up round, all stages in turn 
 Memory is the peak of the process's resident set (of the allocator on CUDA) during a stage, in MB of 1e6 bytes:
   capture_peak_mb_added   unet_capture_peak_mb - unet_forward_peak_mb, strict: the autoencoder's own peak hides nothing
   pipeline_peak_mb_added  pipeline_peak_mb - plain_forward_peak_mb, the latter with the autoencoder
+  process_peak_mb         with --once: of all that happened, loading included
+
+The pipeline asks the UNet for attention alone, so its pass ends behind the last layer that is read, and it keeps the
+embedding of the words; the plain forward pass has the whole UNet and no words. Where other work runs beside, --clock processor
+counts the seconds the processor worked on this; use --threads 1 with it, for those of all threads are added. (merge, select and
+refine within a prediction are on the wall's clock always.)
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ import argparse
 import ctypes
 import gc
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -45,8 +53,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -141,22 +149,24 @@ class RandomStableDiffusion(StableDiffusionBackbone):
             return network.to(self.device, self.dtype).eval().requires_grad_(False)
 
         torch.manual_seed(0)
-        self.unet = placed(UNet2DConditionModel(**unet))
-        self.vae = placed(
-            AutoencoderKL(
-                block_out_channels=(16, 16, 32, 32) if self.tiny else (128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=4,
-                norm_num_groups=16 if self.tiny else 32,
-                sample_size=8 * unet["sample_size"],
-            )
-        )
         common = {"vocab_size": 49408, "max_position_embeddings": 77}
         configs = [CLIPTextConfig(**common, **text, intermediate_size=4 * text["hidden_size"]) for text in texts]
         kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-        self.text_encoders = [placed(kind(config)) for kind, config in zip(kinds, configs, strict=False)]
+        # Made in the precision they are used in: XL in float32 first would take twice the memory.
+        with default_dtype(self.dtype):
+            self.unet = placed(UNet2DConditionModel(**unet))
+            self.vae = placed(
+                AutoencoderKL(
+                    block_out_channels=(16, 16, 32, 32) if self.tiny else (128, 256, 512, 512),
+                    down_block_types=("DownEncoderBlock2D",) * 4,
+                    up_block_types=("UpDecoderBlock2D",) * 4,
+                    layers_per_block=2,
+                    latent_channels=4,
+                    norm_num_groups=16 if self.tiny else 32,
+                    sample_size=8 * unet["sample_size"],
+                )
+            )
+            self.text_encoders = [placed(kind(config)) for kind, config in zip(kinds, configs, strict=False)]
         tokenizer = CLIPTokenizer.from_pretrained(MODELS / "attention" / "tokenizer", model_max_length=77)
         self.tokenizers, self._empty_is_zero = [tokenizer] * len(self.text_encoders), len(self.text_encoders) == 2
         prediction = "v_prediction" if self.shape == "2.1" else "epsilon"
@@ -164,6 +174,17 @@ class RandomStableDiffusion(StableDiffusionBackbone):
         self.schedule = DDPMScheduler(**betas, prediction_type=prediction)
         self.alphas = self.schedule.alphas_cumprod.to(self.device, torch.float32)
         self.name, self.weights, self.fingerprint = "random", {}, "random"
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have a dtype inside a ``with`` block."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class PeakMemory:
@@ -197,13 +218,22 @@ class PeakMemory:
             self.peak = torch.cuda.max_memory_allocated(self.device)
 
 
-def timed(function: Callable, device: torch.device) -> tuple[object, float]:
-    """What a call returns, and the seconds it took until the device was idle."""
-    start = time.perf_counter()
+def process_peak_mb() -> float:
+    """Largest resident set of this process so far, in MB."""
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def timed(function: Callable, device: torch.device, clock: str = "wall") -> tuple[object, float]:
+    """What a call returns, and the seconds it took until the device was idle, by one of ``CLOCKS``."""
+    start = CLOCKS[clock]()
     result = function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, CLOCKS[clock]() - start
 
 
 def broadcast_merge(attention: Tensor, thresholds: list[float], grid: int) -> Tensor:
@@ -232,7 +262,15 @@ def sample_image(size: int) -> np.ndarray:
     return resize(immunohistochemistry(), (size, size), anti_aliasing=True).transpose(2, 0, 1).astype(np.float32)
 
 
-def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repeat: int, reference: bool) -> dict:
+def measure(
+    inferer: AttentionSegmentationInferer,
+    size: int,
+    select: str,
+    repeat: int,
+    reference: bool,
+    clock: str = "wall",
+    once: bool = False,
+) -> dict:
     """Time every stage and watch the memory.
 
     Args:
@@ -241,6 +279,8 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
         select: segments or auto, the rule of the pipeline's mask.
         repeat: timed rounds after the warm-up round.
         reference: also time the broadcasting transcription of the merge, once.
+        clock: of ``CLOCKS``.
+        once: one round without a warm-up, and the peak of the whole process in place of every stage's.
 
     Returns:
         figures by name: ``*_s`` in seconds (medians), ``*_mb`` in MB of 1e6 bytes, ``*_over_*`` ratios.
@@ -260,15 +300,16 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
     thresholds = [first, second, second]
 
     def stage(name: str, function: Callable):
-        result, spent = timed(function, device)
+        result, spent = timed(function, device, clock)
         seconds[name].append(spent)
         return result
 
-    rounds = tqdm(range(repeat + 1), desc="rounds", unit="round")
+    rounds = tqdm(range(1 if once else repeat + 1), desc="rounds", unit="round")
     for number in rounds:
         if number == 1:
             seconds.clear()  # the first round warmed up
-        context = stage("text_embed_s", lambda: backbone.embed_text([""]))
+        stage("text_embed_s", lambda n=number: backbone.embed_text([f"image {n}"]))
+        context = backbone.embed_text([""])
         latents = stage("vae_encode_s", lambda: backbone.encode_image(square))
         stage("unet_forward_s", lambda z=latents, c=context: backbone.denoise(z, inferer.timestep, c))
         recording = stage("unet_capture_s", lambda z=latents, c=context: backbone.read(z, inferer.timestep, c))
@@ -287,12 +328,15 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
     clicks = [
         [[round(x * (size - 1)), round(y * (size - 1))]] for x, y in zip(places, np.roll(places, 13), strict=True)
     ]
-    again = [timed(lambda p=p, e=encoded: inferer.predict(e, select="points", points=p), device)[1] for p in clicks]
+    again = [
+        timed(lambda p=p, e=encoded: inferer.predict(e, select="points", points=p), device, clock)[1] for p in clicks
+    ]
     del encoded, result
 
     figures = {name: statistics.median(values) for name, values in seconds.items()}
     figures["second_prompt_p95_s"] = float(np.quantile(again, 0.95))
-    figures |= read_and_write(inferer, image)
+    if not once:
+        figures |= read_and_write(inferer, image)
     figures["plain_forward_s"] = figures["vae_encode_s"] + figures["unet_forward_s"]
     figures["capture_forward_s"] = figures["vae_encode_s"] + figures["unet_capture_s"]
     figures["capture_over_forward"] = figures["capture_forward_s"] / figures["plain_forward_s"]
@@ -301,6 +345,23 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
     after_vae = figures["pipeline_s"] - figures["vae_encode_s"]
     figures["pipeline_over_unet_forward"] = after_vae / figures["unet_forward_s"]
 
+    if once:
+        figures["process_peak_mb"] = process_peak_mb()
+    else:
+        figures |= peak_memory(inferer, square, image, select)
+    figures |= {"tokens": len(attention), "segments": len(proposals)}
+    if reference:
+        _, figures["reference_merge_s"] = timed(lambda: broadcast_merge(attention, thresholds, inferer.grid), device)
+        figures["reference_over_merge"] = figures["reference_merge_s"] / figures["merge_s"]
+    return figures
+
+
+def peak_memory(
+    inferer: AttentionSegmentationInferer, square: Tensor, image: np.ndarray, select: str
+) -> dict[str, float]:
+    """Peak memory of the backbone's own work, and of what is added, in MB; arguments as in ``measure``."""
+    backbone = inferer.backbone
+    context, latents = backbone.embed_text([""]), backbone.encode_image(square)
     peaks = {}
     for name, function in (
         ("unet_forward", lambda: backbone.denoise(latents, inferer.timestep, context)),
@@ -308,16 +369,12 @@ def measure(inferer: AttentionSegmentationInferer, size: int, select: str, repea
         ("plain_forward", lambda: backbone.denoise(backbone.encode_image(square), inferer.timestep, context)),
         ("pipeline", lambda: inferer.predict(inferer.encode(image), select=select)),
     ):
-        with PeakMemory(device) as memory:
+        with PeakMemory(backbone.device) as memory:
             function()
         peaks[name] = memory.peak / MB
-    figures |= {f"{name}_peak_mb": peak for name, peak in peaks.items()}
+    figures = {f"{name}_peak_mb": peak for name, peak in peaks.items()}
     figures["capture_peak_mb_added"] = peaks["unet_capture"] - peaks["unet_forward"]
     figures["pipeline_peak_mb_added"] = peaks["pipeline"] - peaks["plain_forward"]
-    figures |= {"tokens": len(attention), "segments": len(proposals)}
-    if reference:
-        _, figures["reference_merge_s"] = timed(lambda: broadcast_merge(attention, thresholds, inferer.grid), device)
-        figures["reference_over_merge"] = figures["reference_merge_s"] / figures["merge_s"]
     return figures
 
 
@@ -394,6 +451,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--select", choices=["segments", "auto"], default="segments", help="the mask's rule")
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds after the warm-up (default 3)")
+    parser.add_argument("--once", action="store_true", help="one round and no warm-up, for what takes minutes a pass")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are (default wall)")
     parser.add_argument("--reference", action="store_true", help="also time a broadcasting transcription of the merge")
     add_machine_options(parser)
     args = parser.parse_args(argv)
@@ -409,7 +468,7 @@ def main(argv: list[str] | None = None) -> int:
             backbone = RandomStableDiffusion(args.tiny, args.device, args.dtype, args.shape)
         size = args.size or backbone.image_size
         inferer = AttentionSegmentationInferer(backbone, resolution=size)
-        figures = measure(inferer, size, args.select, args.repeat, args.reference)
+        figures = measure(inferer, size, args.select, args.repeat, args.reference, args.clock, args.once)
         if args.backbone:
             figures |= startup(args.backbone, size)
         context = {
@@ -420,7 +479,8 @@ def main(argv: list[str] | None = None) -> int:
             "vae_parameters": sum(p.numel() for p in backbone.vae.parameters()),
             "size": size,
             "select": args.select,
-            "repeat": args.repeat,
+            "repeat": 1 if args.once else args.repeat,
+            "clock": args.clock,
             "inferer": inferer.settings(),
             **machine_context(backbone.device, args.dtype),
         }
@@ -431,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     unet, vae = (f"{context[f'{part}_parameters'] / MB:.1f} M" for part in ("unet", "vae"))
     print(f"{context['backbone']} (UNet {unet}, VAE {vae}), {size} px, {args.dtype} on {context['device']}")
-    print(f"{context['threads']} threads, median of {args.repeat}")
+    print(f"{context['threads']} threads, {context['clock']} clock, median of {context['repeat']}")
     if context["random_weights"]:
         print("The weights are random: times do not depend on them, masks mean nothing.")
     print(table(figures))

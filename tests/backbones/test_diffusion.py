@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
+from zeroseg.backbones.diffusion import KEPT_TEXTS
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -143,6 +144,26 @@ def test_shapes_and_sizes(tiny_backbone):
     context = tiny_backbone.embed_text(["chest x-ray", "", "word " * 200])
     assert context.shape == (3, 32, 16)
     assert not (codes.requires_grad or context.requires_grad)
+
+
+def test_words_are_embedded_once(tiny_pipeline):
+    backbone = StableDiffusionBackbone(tiny_pipeline, device="cpu").load()
+    runs = []
+    backbone.text_encoders[0].register_forward_hook(lambda *_: runs.append(1))
+    first = backbone.embed_text(["cells"])
+    expected = first.clone()
+    with torch.inference_mode():
+        first.zero_()
+    assert torch.equal(backbone.embed_text(["cells"]), expected), "what a caller does to it is the caller's"
+    assert len(runs) == 1
+    assert not torch.equal(backbone.embed_text(["lungs"]), expected)
+    for number in range(KEPT_TEXTS - 1):
+        backbone.embed_text([f"image {number}"])
+    assert len(runs) == KEPT_TEXTS + 1
+    backbone.embed_text(["lungs"])
+    assert len(runs) == KEPT_TEXTS + 1
+    backbone.embed_text(["cells"])
+    assert len(runs) == KEPT_TEXTS + 2, "only the last ones are kept"
 
 
 def test_timesteps_outside_the_schedule(tiny_backbone, latents):

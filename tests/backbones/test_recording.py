@@ -126,6 +126,35 @@ def test_only_what_is_asked_for_is_recorded(tiny_backbone):
     assert [f.shape[-1] for f in recorded.features] == [4, 8, 16, 16], "of the last pass, coarse to fine"
 
 
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_pass_that_ends_early_leaves_the_same(unet, cross):
+    with record(unet, cross_attention=cross) as whole:
+        forward(unet)
+    reached = []
+    handle = unet.conv_out.register_forward_hook(lambda *_: reached.append(1))
+    try:
+        with record(unet, cross_attention=cross, end_early=True) as recorded:
+            for _ in range(2):
+                with pytest.raises(recording.PassEnded):
+                    forward(unet)
+        assert not reached, "nothing is computed behind the last layer"
+        forward(unet)
+        assert reached, "the UNet is as before"
+    finally:
+        handle.remove()
+    for kind in ("self_attention", "cross_attention"):
+        maps = getattr(recorded, kind)
+        assert sorted(maps) == sorted(getattr(whole, kind))
+        for tokens, attention in maps.items():
+            torch.testing.assert_close(attention, getattr(whole, kind)[tokens], atol=1e-7, rtol=1e-6)
+
+
+def test_a_pass_that_is_needed_to_its_end_does_not_end_early(unet):
+    with record(unet, features=True, end_early=True) as recorded:
+        forward(unet)
+    assert recorded.features[-1].shape[-1] == 16
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_unet_is_restored(unet, fails):
     def state() -> tuple:

@@ -69,6 +69,18 @@ def test_figures_are_complete_and_consistent(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_one_round_by_the_processors_clock(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert main(["--tiny", "--once", "--clock", "processor", "--dtype", "bf16", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["process_peak_mb"] > 100 and "unet_forward_peak_mb" not in figures
+    assert figures["pipeline_over_forward"] > 0
+    assert figures["context"]["clock"] == "processor" and figures["context"]["repeat"] == 1
+    assert "processor clock, median of 1" in capsys.readouterr().out
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
 def test_an_existing_pipeline_is_measured(tiny_pipeline, tmp_path, capsys):
     path = tmp_path / "figures.json"
     arguments = ["--backbone", str(tiny_pipeline), "--select", "auto", "--repeat", "1", "--json", str(path)]

@@ -27,6 +27,17 @@ def test_the_program_writes_its_figures(tmp_path, capsys, monkeypatch):
     assert "| encode |" in capsys.readouterr().out
 
 
+def test_the_training_of_adapters_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmark_tumor.SHAPES", {"compact": tiny_config()})
+    path = tmp_path / "figures.json"
+    assert main(["--training", "--size", "24", "--clock", "processor", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())["sizes"]["24"]
+    assert set(figures) == {"encoder", "reading", "voxel_step", "volume_step"}
+    assert all(f["seconds"] > 0 for f in figures.values())
+    assert "| volume_step |" in capsys.readouterr().out
+    assert main(["--training", "--size", "4"]) == 2
+
+
 def test_a_size_that_does_not_fit_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("benchmark_tumor.SHAPES", {"compact": tiny_config()})
     assert main(["--size", "30"]) == 2

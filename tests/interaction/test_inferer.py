@@ -34,7 +34,8 @@ def make(tiny_backbone):
 def forwards(tiny_backbone):
     """Number of UNet passes made so far."""
     count = [0]
-    handle = tiny_backbone.unet.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    # Before a pass, for one that is read for attention alone ends early.
+    handle = tiny_backbone.unet.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     yield lambda: count[0]
     handle.remove()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zeroseg.backbones.frozen import FrozenModel
-from zeroseg.backbones.recording import Recording, record
+from zeroseg.backbones.recording import PassEnded, Recording, record
 from zeroseg.backbones.weights import (
     EMBEDDED,
     choose_pipeline,
@@ -33,6 +34,8 @@ the heads of the whole CLIP, which a pipeline never runs. (For the second encode
 needed, and must be there.)"""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of an autoencoder's attention layers in files from before diffusers 0.13, Stable Diffusion 1.5's among them."""
+KEPT_TEXTS = 16
+"""Embeddings that a backbone keeps, at most 0.6 MB each: an image is read by the same words as the one before, mostly none."""
 
 
 def _quiet() -> None:
@@ -75,6 +78,7 @@ class StableDiffusionBackbone(FrozenModel):
         super().__init__(device, dtype)
         self.source, self.revision, self.untrained = str(source), revision, bool(untrained)
         self.variant = variant
+        self._contexts: dict[tuple[str, ...], Tensor] = {}
 
     def _load(self) -> None:
         self._place()
@@ -235,8 +239,20 @@ class StableDiffusionBackbone(FrozenModel):
 
         For XL the last row is no token: it carries the pooled embedding, filled up with zeros, and ``denoise`` takes it
         apart. An empty prompt is zeros there where the pipeline was trained so (``force_zeros_for_empty_prompt``).
+        The last ``KEPT_TEXTS`` are kept.
         """
         self.load()
+        with self._lock:
+            context = self._contexts.pop(tuple(prompts), None)
+            if context is None:
+                context = self._embed(prompts)
+            # The one asked for last stands last, and the first one goes.
+            self._contexts[tuple(prompts)] = context
+            if len(self._contexts) > KEPT_TEXTS:
+                del self._contexts[next(iter(self._contexts))]
+        return context.clone()
+
+    def _embed(self, prompts: list[str]) -> Tensor:
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             length = encoder.config.max_position_embeddings
@@ -323,7 +339,7 @@ class StableDiffusionBackbone(FrozenModel):
         noise_draws: int = 0,
         seed: int = 0,
     ) -> Recording:
-        """Run the UNet and record what its layers attend to.
+        """Run the UNet and record what its layers attend to, as far as the last of them.
 
         Args:
             latents: (B, C, h, w) clean latents z_0.
@@ -340,14 +356,15 @@ class StableDiffusionBackbone(FrozenModel):
         self.load()
         if noise_draws < 0:
             raise ZeroSegError("noise_draws must be 0 (clean latent) or a positive number of draws")
-        with self._lock, record(self.unet, self_attention, cross_attention, features) as recording:
+        with self._lock, record(self.unet, self_attention, cross_attention, features, end_early=True) as recording:
             generator = torch.Generator().manual_seed(seed)
             for _ in range(max(1, noise_draws)):
                 noisy = latents
                 if noise_draws:
                     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                     noisy = self.add_noise(latents, timestep, noise)
-                self.denoise(noisy, timestep, context)
+                with suppress(PassEnded):
+                    self.denoise(noisy, timestep, context)
         return recording
 
     def describe(self) -> dict:

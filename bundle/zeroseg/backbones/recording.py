@@ -2,7 +2,8 @@
 
 Default attention kernels never form the probabilities, so the recorded layers run a processor of their own: it computes
 the same output block of query rows by block, and adds the probabilities of every block to a running sum over heads. At no
-time does a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid.
+time does a per-head n x n tensor of a whole layer exist; what is kept is one (B, n, n) sum per token grid. A pass whose
+output nobody wants may end where the last recorded layer has been read.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class Recording:
         self._maps.clear()
 
 
-def _read_together(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+class PassEnded(Exception):
+    """Raised out of a UNet where all that is recorded has been read: what it would still compute, nobody looks at."""
+
+
+def _read_together(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor | None) -> None:
     """Attention of all heads at once, some query rows after the other: few kernels, as a GPU wants it.
 
     Args:
@@ -57,17 +62,18 @@ def _read_together(query: Tensor, key: Tensor, value: Tensor, total: Tensor, out
         key: (heads, d, m).
         value: (heads, m, d).
         total: (n, m), which the probabilities are added to.
-        output: (heads, n, d), written.
+        output: (heads, n, d), written; None: not wanted.
     """
     rows = max(1, BLOCK_ELEMENTS // (len(query) * key.shape[-1]))
     for start in range(0, query.shape[1], rows):
         block = slice(start, start + rows)
         probabilities = torch.matmul(query[:, block], key).softmax(-1)
         total[block] += probabilities.sum(0, dtype=total.dtype)
-        output[:, block] = torch.matmul(probabilities.to(value.dtype), value)
+        if output is not None:
+            output[:, block] = torch.matmul(probabilities.to(value.dtype), value)
 
 
-def _read_by_heads(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor) -> None:
+def _read_by_heads(query: Tensor, key: Tensor, value: Tensor, total: Tensor, output: Tensor | None) -> None:
     """The same, one head after the other in one piece of memory: a CPU's products want many rows and a full cache."""
     tokens, width = query.shape[1], key.shape[-1]
     rows = min(tokens, max(1, BLOCK_ELEMENTS // width))
@@ -79,14 +85,16 @@ def _read_by_heads(query: Tensor, key: Tensor, value: Tensor, total: Tensor, out
             torch.mm(query[head, block], key[head], out=part)
             torch.softmax(part, -1, out=part)
             total[block] += part
-            output[head, block] = torch.mm(part.to(value.dtype), value[head])
+            if output is not None:
+                output[head, block] = torch.mm(part.to(value.dtype), value[head])
 
 
 class _RecordingProcessor:
-    """A diffusers attention processor that equals the default one and adds its probabilities to a recording."""
+    """A diffusers attention processor that equals the default one and adds its probabilities to a recording; ``last``: then
+    the pass ends."""
 
-    def __init__(self, recording: Recording, kind: str):
-        self.recording, self.kind = recording, kind
+    def __init__(self, recording: Recording, kind: str, last: bool = False):
+        self.recording, self.kind, self.last = recording, kind, last
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -102,17 +110,29 @@ class _RecordingProcessor:
         if attn.upcast_attention or attn.upcast_softmax:
             query, key = query.float(), key.float()
         total = self.recording._sum(self.kind, (batch, tokens, key.shape[2]), heads, query.device)
-        output = torch.empty_like(query, dtype=dtype)
+        output = None if self.last else torch.empty_like(query, dtype=dtype)
         read = _read_by_heads if query.device.type == "cpu" else _read_together
         for b in range(batch):
-            read(query[b], key[b].transpose(-1, -2).contiguous(), value[b], total[b], output[b])
+            read(
+                query[b],
+                key[b].transpose(-1, -2).contiguous(),
+                value[b],
+                total[b],
+                None if output is None else output[b],
+            )
+        if output is None:
+            raise PassEnded
         output = output.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
 
 @contextmanager
 def record(
-    unet: nn.Module, self_attention: bool = True, cross_attention: bool = False, features: bool = False
+    unet: nn.Module,
+    self_attention: bool = True,
+    cross_attention: bool = False,
+    features: bool = False,
+    end_early: bool = False,
 ) -> Iterator[Recording]:
     """Record the forward passes made inside the ``with`` block; the UNet is restored whatever happens in it.
 
@@ -121,6 +141,8 @@ def record(
         self_attention: record every ``attn1`` layer.
         cross_attention: record every ``attn2`` layer.
         features: record the output of every up block.
+        end_early: end each pass, by ``PassEnded``, where the last layer recorded has been read, so that it gives no output; not
+            with ``features``, which need all of it, nor where no layer of the decoder is recorded.
 
     Yields:
         A Recording whose averages are ready when the block is left.
@@ -134,6 +156,7 @@ def record(
         wanted["attn2"] = "cross_attention"
     previous = unet.attn_processors
     processors = dict(previous)
+    last = None
     for name in previous:
         layer = name.removesuffix(".processor")
         kind = wanted.get(layer.rsplit(".", 1)[-1])
@@ -143,6 +166,11 @@ def record(
             msg = f"{layer} has fused projections: call unfuse_qkv_projections() before recording attention"
             raise ValueError(msg)
         processors[name] = _RecordingProcessor(recording, kind)
+        # The decoder comes last, and lists its layers in the order they run in; the middle block is listed after it.
+        if name.startswith("up_blocks."):
+            last = processors[name]
+    if last is not None:
+        last.last = end_early and not features
     hooks = []
     unet.set_attn_processor(processors)
     try:
