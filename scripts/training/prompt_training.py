@@ -134,7 +134,14 @@ class PromptTraining:
         partial.rename(self.work / "state.pt")
 
 
-def export(mean: AveragedModel, work: Path, out: Path, facts: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def export(
+    mean: AveragedModel,
+    work: Path,
+    out: Path,
+    facts: Callable[[dict[str, Any]], dict[str, Any]],
+    start: dict[str, Tensor] | None = None,
+    share: float = 1.0,
+) -> None:
     """The averaged weights and what made them, as the package loads them.
 
     Args:
@@ -142,12 +149,18 @@ def export(mean: AveragedModel, work: Path, out: Path, facts: Callable[[dict[str
         work: of the training.
         out: folder to write to; made when missing.
         facts: the checkpoint -> what training.json says beside steps, parameters and the log.
+        start: weights the training began with. What it learned anew and what it forgot by it are weighed by going only so far from them
+            (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
+        share: how far, 0 to 1.
     """
     out.mkdir(parents=True, exist_ok=True)
     stored = torch.load(work / "state.pt", weights_only=True)
     mean.load_state_dict(stored["mean"])
     head = mean.module
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(out / "head.safetensors"))
+    weights = head.state_dict()
+    if start is not None:
+        weights = {k: torch.lerp(start[k], v, share) for k, v in weights.items()}
+    save_file({k: v.contiguous() for k, v in weights.items()}, str(out / "head.safetensors"))
     # Files of safetensors are made private; these are to be read by everybody.
     (out / "head.safetensors").chmod(0o644)
     (out / "config.json").write_text(json.dumps({"widths": head.widths, "blocks": head.blocks}, indent=2) + "\n")

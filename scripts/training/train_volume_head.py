@@ -9,6 +9,8 @@ any voxel, a box, a stroke, or a spoilt mask to start from; then corrections whe
 The run resumes from ``--work``.
 
     python scripts/training/train_volume_head.py --work runs/interaction/volume_head --export bundle/models/interaction_volume
+
+With ``--start FOLDER`` a new run begins with the weights of that folder, and ``--export`` may go only a ``--share`` of the way from them.
 """
 
 from __future__ import annotations
@@ -319,6 +321,9 @@ def main() -> int:
         "--minutes", type=float, default=60, help="of this call; the learning rate falls over its last third"
     )
     parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="with --export: how far to go from --start to the new weights"
+    )
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
@@ -331,7 +336,16 @@ def main() -> int:
     net = net.to(memory_format=torch.channels_last_3d)
     mean = AveragedModel(net, multi_avg_fn=average)
     if args.export is not None:
-        export(mean, args.work, args.export, lambda stored: {"batch": BATCH, "scans": stored["scans"]})
+        start = load_file(args.start / "head.safetensors") if args.start is not None else None
+        facts = {"share": args.share} if start is not None else {}
+        export(
+            mean,
+            args.work,
+            args.export,
+            lambda stored: {"batch": BATCH, "scans": stored["scans"], **facts},
+            start,
+            args.share,
+        )
         return 0
     training = PromptTraining(net, mean, args.work, args.rate, {})
     rng = np.random.default_rng([17, training.step])
