@@ -141,7 +141,8 @@ class ShownEvidence(TextEvidence):
     """What the head says about words.
 
     Attributes:
-        relevance: (N,) on the attention's grid, in [-0.5, 0.5], above 0 where the thing is likelier than not; all 0 for a kind of image.
+        relevance: (N,) on the attention's grid, in [-0.5, 0.5], above 0 where the thing is likelier than not; all -0.5 for a kind of image,
+            which is nowhere in particular.
         gain: probability that all of it is in the image, in [0, 1].
         certainty: its log-odds.
     """
@@ -198,7 +199,7 @@ class WordProbe:
                 size = (self._side, self._side)
                 maps.append(F.interpolate(cells, size, mode="bilinear", align_corners=False).flatten())
         # What is beyond doubt either way counts alike.
-        logits = torch.stack(maps).amax(0) if maps else torch.zeros(self._side**2)
+        logits = torch.stack(maps).amax(0) if maps else torch.full((self._side**2,), -torch.inf)
         relevance = (logits / 2).sigmoid() - 0.5
         least = min(certainty)
         return ShownEvidence(relevance, float(torch.tensor(least).sigmoid()), least)
