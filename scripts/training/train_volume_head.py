@@ -331,12 +331,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     net = VolumeHead()
+    start = None
     if args.start is not None:
-        net.load_state_dict(load_file(args.start / "head.safetensors"))
+        start = load_file(args.start / "head.safetensors")
+        net.load_state_dict(start)
     net = net.to(memory_format=torch.channels_last_3d)
     mean = AveragedModel(net, multi_avg_fn=average)
     if args.export is not None:
-        start = load_file(args.start / "head.safetensors") if args.start is not None else None
         facts = {"share": args.share} if start is not None else {}
         export(
             mean,
@@ -351,9 +352,9 @@ def main() -> int:
     rng = np.random.default_rng([17, training.step])
     pool = Pool(rng, args.unlabelled)
     training.facts["scans"] = len(pool.scans)
-    start = time.monotonic()
+    begun = time.monotonic()
     training.run(
-        left=lambda: 1 - (time.monotonic() - start) / (60 * args.minutes),
+        left=lambda: 1 - (time.monotonic() - begun) / (60 * args.minutes),
         draw=lambda: [Episode(pool, np.random.default_rng(rng.integers(2**62))) for _ in range(BATCH)],
         see=seen,
         losses=losses,

@@ -50,10 +50,8 @@ from train_backbone import licensed
 from zeroseg.attention.prepare import prepare
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.backbones.weights import write_sums
-from zeroseg.interaction.word_head import SIDE, WordHead, word_features
+from zeroseg.interaction.word_head import RESOLUTION, SIDE, WordHead, read_features
 
-RESOLUTION = 128
-"""Side at which images are read: an eighth of the cost of 256."""
 SHARD, BATCH = 64, 8
 LEAF_KINDS = tuple(k for k in KINDS if k not in ("ct", "mr", "microscopy"))
 LEAVES = [CONCEPTS.index(k) for k in LEAF_KINDS]
@@ -81,6 +79,8 @@ TISSUES = {
     "liver": (LIVER,), "spleen": (SPLEEN,), "kidneys": (KIDNEY,), "bowel": (BOWEL,), "bladder": (BLADDER,), "bone": (CORTEX, MARROW),
     "muscle": (MUSCLE,), "fat": (FAT,), "lungs": (LUNG,), "heart": (HEART,), "brain": (GREY, WHITE, CSF),
 }  # fmt: skip
+GROUND = {"breast ultrasound": "tissue", "dermoscopy": "skin", "wound photograph": "skin", "endoscopy": "mucosa"}
+"""Kind of phantom -> what all of it shows that no mask covers."""
 TUMOUR_OF = {"limb": "soft tissue tumour", "abdomen": "abdominal tumour"}
 
 
@@ -102,12 +102,8 @@ def of_phantom(seed: int, kind: str | None = None) -> Drawn:
             masks[concept] = masks.get(concept, False) | mask
     opening = phantom.caption.split(" with ")[0].split(",")[0]
     kind = opening if opening in KINDS else None
-    if kind == "breast ultrasound":
-        masks["tissue"] = ~np.any([*masks.values(), np.zeros(phantom.image.shape[:2], bool)], axis=0)
-    if kind in ("dermoscopy", "wound photograph"):
-        masks["skin"] = ~np.any([*masks.values(), np.zeros(phantom.image.shape[:2], bool)], axis=0)
-    if kind == "endoscopy":
-        masks["mucosa"] = ~np.any([*masks.values(), np.zeros(phantom.image.shape[:2], bool)], axis=0)
+    if kind in GROUND:
+        masks[GROUND[kind]] = ~np.any([*masks.values(), np.zeros(phantom.image.shape[:2], bool)], axis=0)
     return Drawn(phantom.image, shows([kind] if kind else [], ("hair",)), masks)
 
 
@@ -200,7 +196,7 @@ def near_one(masks: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[in
     return low[0], low[1], side, side
 
 
-def changed(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray] | None]:
+def changed(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
     """(RESOLUTION, RESOLUTION, 3) in [0, 1] as another device, hand or format would have it, the cells' share of each mask likewise."""
     image, masks = drawn.image.astype(np.float32) / 255, drawn.masks
     height, width = image.shape[:2]
@@ -267,7 +263,6 @@ def labels(drawn: Drawn, cells: dict[str, np.ndarray] | None) -> tuple[np.ndarra
 def encode(args: argparse.Namespace) -> None:
     backbone = StableDiffusionBackbone(untrained=args.untrained)
     backbone.load()
-    context = backbone.embed_text([""])
     folders = real_images(args.unlabelled, args.training, args.volumes)
     args.work.mkdir(parents=True, exist_ok=True)
     for shard in tqdm(range(args.encode // SHARD), mininterval=20):
@@ -297,10 +292,7 @@ def encode(args: argparse.Namespace) -> None:
             columns["source"].append(source)
         for start in range(0, SHARD, BATCH):
             square = torch.stack([prepare(torch.from_numpy(i).permute(2, 0, 1)) for i in images[start : start + BATCH]])
-            with torch.inference_mode():
-                latents = backbone.encode_image(square)
-                found = backbone.read(latents, 300, context.expand(BATCH, -1, -1), self_attention=False, features=True)
-                columns["x"].append(word_features(found.features, square).half().numpy())
+            columns["x"].append(read_features(backbone, square).half().numpy())
         stored = {k: np.concatenate(v) if k == "x" else np.array(v) for k, v in columns.items()}
         partial = target.with_suffix(".part.npz")
         np.savez(partial, **stored)

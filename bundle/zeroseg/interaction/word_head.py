@@ -52,6 +52,14 @@ def word_features(features: Sequence[Tensor], square: Tensor) -> Tensor:
     return torch.cat([*blocks, mean, spread], 1)
 
 
+@torch.inference_mode()
+def read_features(backbone: StableDiffusionBackbone, square: Tensor) -> Tensor:
+    """``word_features`` of images (B, 3, RESOLUTION, RESOLUTION) in [0, 1], by one pass of the backbone without words."""
+    latents, context = backbone.encode_image(square), backbone.embed_text([""]).expand(len(square), -1, -1)
+    read = backbone.read(latents, TIMESTEP, context, self_attention=False, features=True)
+    return word_features(read.features, square.clamp(0, 1))
+
+
 class WordHead(nn.Module):
     """Concepts in an image and in its cells.
 
@@ -173,9 +181,7 @@ class WordProbe:
     def __init__(self, backbone: StableDiffusionBackbone, image: Tensor, side: int, folder: Path = WORD_HEAD):
         head, self._placeless = load_word_head(folder)
         square = F.interpolate(image[None].float(), (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
-        latents = backbone.encode_image(square)
-        read = backbone.read(latents, TIMESTEP, backbone.embed_text([""]), self_attention=False, features=True)
-        present, place = head(word_features(read.features, square.clamp(0, 1)).cpu())
+        present, place = head(read_features(backbone, square).cpu())
         self._index = {concept: k for k, concept in enumerate(head.concepts)}
         self._present, self._place, self._side = head.certainty(present)[0], place[0], side
 
