@@ -26,3 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         "storage size calculation overflowed",
     )
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(p in said for p in phrases))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in its first line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

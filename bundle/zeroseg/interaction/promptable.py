@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zeroseg.attention import EncodedImage, rules
 from zeroseg.attention.readout import Readout
 from zeroseg.backbones.weights import MODELS, verify_sums
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.interaction.clicks import pixel_of, resized
 from zeroseg.interaction.head import CANDIDATES, PromptHead, Window, assemble
 from zeroseg.interaction.prompts import Prompts
@@ -102,9 +102,8 @@ def load_head(folder: Path = MODELS / "interaction", network: type[nn.Module] = 
         head = network(config["widths"], config["blocks"])
         head.load_state_dict(load_file(str(folder / "head.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"cannot load the promptable head in {folder.name}: {first}; or use refiner rules"
+            f"cannot load the promptable head in {folder.name}: {first_line(error)}; or use refiner rules"
         ) from error
     flat = network is PromptHead
     return head.eval().requires_grad_(False).to(memory_format=torch.channels_last if flat else torch.channels_last_3d)

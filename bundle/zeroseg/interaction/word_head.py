@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.backbones.weights import MODELS, verify_sums
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.interaction.text import TextEvidence
 
 WORD_HEAD = MODELS / "words"
@@ -139,8 +139,9 @@ def load_word_head(folder: Path = WORD_HEAD) -> tuple[WordHead, frozenset[str]]:
         head.load_state_dict(load_file(str(folder / "head.safetensors")))
         placeless = frozenset(config["placeless"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"cannot load the word head in {folder.name}: {first}; or use words backbone") from error
+        raise WeightsError(
+            f"cannot load the word head in {folder.name}: {first_line(error)}; or use words backbone"
+        ) from error
     return head.eval().requires_grad_(False), placeless
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_SETS, verify_sums
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.hashing import file_sha256
 from zeroseg.tumor.adapters import VOXEL_ML, AovaAdapters
 from zeroseg.tumor.residuals import feature_residual
@@ -242,8 +242,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
         adapters = AovaAdapters(**options)
         adapters.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     except Exception as error:  # safetensors raises its own kinds, none documented
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"the adapters in {name} cannot be loaded: {first}") from error
+        raise WeightsError(f"the adapters in {name} cannot be loaded: {first_line(error)}") from error
     if text_dim is not None and adapters.options["text_dim"] != text_dim:
         raise WeightsError(
             f"the adapters in {name} read text vectors of {adapters.options['text_dim']} numbers, the text encoder gives {text_dim}: "
