@@ -5,7 +5,7 @@
 
 An episode takes one object of one scene: a first prompt (click at the innermost or at any pixel, box, stroke, or a spoilt mask to
 start from), then corrections where the shown answer errs. Every answer gives a gradient. The window seen follows the same rule as
-in use; a third of the episodes begin in one far too narrow or too wide. One episode in four sees no attention, so that the same network serves as its own control. The run resumes from ``--work``.
+in use. One episode in four sees no attention, so that the same network serves as its own control. The run resumes from ``--work``.
 
     python scripts/training/train_head.py --shards runs/interaction/shards --work runs/interaction/head --export bundle/models/interaction
 """
@@ -21,7 +21,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from skimage.morphology import skeletonize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -36,10 +35,6 @@ AVERAGE = 0.998
 """Of the exponential moving average over steps that is exported."""
 BLIND = 0.25
 """Share of episodes that see no attention."""
-FAR_OFF = 0.35
-"""Share of the episodes that begin in a window far too narrow or too wide."""
-NARROWEST = 24
-"""Side in pixels of the narrowest of them."""
 
 
 class Shards:
@@ -129,8 +124,7 @@ class Episode:
         self.box = None
         self.last: np.ndarray | None = None
         self.turn, self.flip = int(rng.integers(4)), bool(rng.random() < 0.5)
-        self.far_off = bool(rng.random() < FAR_OFF)
-        self.window = self._any_window() if self.far_off else self._first_window()
+        self.window = self._first_window()
         self._first_prompt()
 
     def _object(self, item: dict) -> np.ndarray | None:
@@ -163,15 +157,6 @@ class Episode:
         area = np.count_nonzero(mask)
         return mask if 12 <= area <= 0.8 * mask.size else None
 
-    def _any_window(self) -> Window:
-        """A square of any width around some place of the object: the first look tries all, and the estimated IoU has to say which fits."""
-        side = round(np.exp(self.rng.uniform(np.log(NARROWEST), np.log(SIZE))))
-        places = np.argwhere(self.truth)
-        middle = places.mean(0) if self.rng.random() < 0.5 else places[self.rng.integers(len(places))]
-        middle = middle + self.rng.uniform(-0.2, 0.2, 2) * side
-        top, left = np.clip(np.round(middle - side / 2), 0, SIZE - side).astype(int).tolist()
-        return Window(top, left, top + side, left + side)
-
     def _first_window(self) -> Window:
         if self.rng.random() < 0.45:
             return Window(0, 0, SIZE, SIZE)
@@ -198,9 +183,6 @@ class Episode:
         if not inside.any():
             self.window = Window(0, 0, SIZE, SIZE)
             inside = self.truth
-        if self.far_off:
-            # What shows the whole of an object is not given where a part is seen.
-            draw = 1.0 if self.rng.random() < 0.9 else 0.4
         if draw < 0.12:
             rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
             slack = self.rng.integers(-2, 6, 4) if self.rng.random() < 0.6 else np.zeros(4, int)
@@ -314,15 +296,13 @@ class Episode:
         maps = torch.rot90(maps, self.turn, (-2, -1))
         return maps.flip(-1) if self.flip else maps
 
-    def input(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """The network's input and the truth in its window, both turned by this episode's own symmetry; and how much of the truth lies
-        outside of the window, in pixels of what the network sees."""
+    def input(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's input and the truth in its window, both turned by this episode's own symmetry."""
         last = None if self.last is None else torch.from_numpy(self.last)
         x = assemble(self.image, torch.from_numpy(self.marks), self.box, last, self.attention(), self.window)
         part = torch.from_numpy(self.truth)[self.window.slices].float()
         target = F.interpolate(part[None, None], (WINDOW, WINDOW), mode="bilinear", antialias=True)[0, 0] >= 0.5
-        without = np.count_nonzero(self.truth) - int(part.sum())
-        return self._turned(x), self._turned(target), without * WINDOW**2 / part.numel()
+        return self._turned(x), self._turned(target)
 
     def answer(self, logits: torch.Tensor) -> None:
         """Keep an answer (WINDOW, WINDOW), and prompt again where it errs."""
@@ -365,13 +345,9 @@ def draw_episode(items: list[dict], rng: np.random.Generator) -> Episode:
 
 
 def losses(
-    logits: torch.Tensor, quality: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, first: bool
+    logits: torch.Tensor, quality: torch.Tensor, target: torch.Tensor, x: torch.Tensor, first: bool
 ) -> dict[str, torch.Tensor]:
-    """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU.
-
-    The IoU is with the whole object: what the window leaves out counts as missed, so that the estimates of several windows compare.
-    """
-    target, outside = seen
+    """Best-of-three cross-entropy and Dice, obedience at the marks, error of the estimated IoU."""
     marks = x[:, 3:5]
     one = target[:, None].float()
     t = one.expand_as(logits)
@@ -391,15 +367,15 @@ def losses(
     with torch.no_grad():
         hard = logits > 0
         truth = target[:, None]
-        iou = (hard & truth).sum((2, 3)) / ((hard | truth).sum((2, 3)) + outside[:, None] + 1e-6)
+        iou = (hard & truth).sum((2, 3)) / ((hard | truth).sum((2, 3)) + 1e-6)
     guess = F.binary_cross_entropy_with_logits(quality, iou)
     return {"shape": shape.mean(), "obey": obey.mean(), "quality": guess, "iou": iou}
 
 
-def seen(episodes: list[Episode]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """The network's input; the truth, and how much of it lies outside of the window."""
-    inputs, truths, outside = zip(*(e.input() for e in episodes), strict=True)
-    return torch.stack(inputs), (torch.stack(truths), torch.tensor(outside))
+def seen(episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's input and the truth."""
+    inputs, truths = zip(*(e.input() for e in episodes), strict=True)
+    return torch.stack(inputs), torch.stack(truths)
 
 
 def main() -> int:
@@ -415,35 +391,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="with --export: how far to go from --start to the new weights"
-    )
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(0)
     net = PromptHead()
-    start = None
-    if args.start is not None:
-        start = load_file(args.start / "head.safetensors")
-        net.load_state_dict(start)
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+    shards = Shards(args.shards)
     if args.export is not None:
-        facts = {"share": args.share} if start is not None else {}
-        known = len(list(args.shards.glob("shard_?????.npz"))) * 50
-        export(
-            mean, args.work, args.export, lambda stored: {"batch": BATCH, "scenes": known, **facts}, start, args.share
-        )
+        export(mean, args.work, args.export, lambda stored: {"batch": BATCH, "scenes": len(shards.items)})
         return 0
     training = PromptTraining(net, mean, args.work, args.rate, {})
-    shards = Shards(args.shards)
     rng = np.random.default_rng([11, training.step])
-    begun = time.monotonic()
+    start = time.monotonic()
 
     def left() -> float:
-        return min(1 - training.step / args.steps, 1 - (time.monotonic() - begun) / (60 * args.minutes))
+        return min(1 - training.step / args.steps, 1 - (time.monotonic() - start) / (60 * args.minutes))
 
     def noted() -> dict[str, int]:
         known = len(shards.items)

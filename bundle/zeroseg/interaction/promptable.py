@@ -41,7 +41,6 @@ SAY = 0.8
 """Weight of a first candidate's IoU with the rule's answer, beside its estimated IoU. Chosen on development images."""
 SURE = 0.8
 """Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
-BY_WIDTH, NARROWEST, STEP, TRUST_WIDTH, RULE_IOU, POWER = True, 32, 1.4, 4.0, 0.7, 1
 MAIN, TRUST = 0.5, 0.4
 """``find_whole`` asks that the largest part of a region makes up more than this share of it, and that the head's estimated IoU times
 its answer's IoU with that part is at least the second number. Chosen on development images."""
@@ -309,16 +308,6 @@ class Session:
             size = (window.bottom - window.top, window.right - window.left)
             return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0], quality[0].sigmoid()
 
-    def look_from(self, events, marks, windows: Sequence[Window]) -> tuple[list[Tensor], Tensor]:
-        """Logits (3, h, w) over each window's own pixels, and estimated IoU (N, 3)."""
-        attention, drawn = self._attention(events), torch.from_numpy(marks)
-        x = torch.stack([assemble(self.image, drawn, None, None, attention, window) for window in windows])
-        with torch.inference_mode():
-            logits, quality = self.head(x.contiguous(memory_format=torch.channels_last))
-            sizes = [(w.bottom - w.top, w.right - w.left) for w in windows]
-            own = [F.interpolate(one[None], size, mode="bilinear", align_corners=False)[0] for one, size in zip(logits, sizes, strict=True)]  # fmt: skip
-            return own, quality.sigmoid()
-
     def _attention(self, events: Sequence[Event]) -> Tensor | None:
         if self.readout is None:
             return None
@@ -339,8 +328,6 @@ class Session:
 
     def _find(self, events, marks, box) -> Answer:
         """The first answer: within the box and what is around it, or within the whole image."""
-        if BY_WIDTH and box is None and np.count_nonzero(marks == 1) == 1:
-            return self._find_by_width(events, marks, self.rule(events[0]))
         size = tuple(self.image.shape[1:])
         window = Window(0, 0, *size) if box is None else _around(size, box, MARGIN)
         logits, quality = self.look(events, marks, box, None, window)
@@ -365,34 +352,6 @@ class Session:
         nested = candidates[0] & prior, prior, candidates[2] | prior
         candidates = np.stack([obey(mask, marks) for mask in nested])
         return replace(answer, mask=candidates[1], candidates=candidates, shown=1)
-
-    def _find_by_width(self, events, marks, prior: np.ndarray | None) -> Answer:
-        """Of all candidates of windows of many widths around one click, and attention's own answer, the one the others agree with most."""
-        size = tuple(self.image.shape[1:])
-        (row, column), *_ = np.argwhere(marks == 1)
-        windows = _widths(size, int(row), int(column))
-        looked, quality = self.look_from(events, marks, windows)
-        masks = [one for logits, window in zip(looked, windows, strict=True) for one in self._candidates(logits, window, marks)]
-        weights = list(np.exp(TRUST_WIDTH * quality.numpy().ravel()))
-        if prior is not None:
-            masks.append(obey(prior, marks))
-            weights.append(np.exp(TRUST_WIDTH * RULE_IOU))
-        said = np.stack([m.ravel() for m in masks]).astype(np.float32)
-        common = said @ said.T
-        total = common.diagonal()
-        overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
-        if POWER != 1:
-            overlap = overlap**POWER
-        best = int((overlap @ np.array(weights)).argmax())
-        if prior is not None and best == len(masks) - 1:
-            best = int((overlap[-1, :-1] * np.array(weights)[:-1]).argmax())
-            k = best // CANDIDATES
-            around = masks[CANDIDATES * k : CANDIDATES * (k + 1)]
-            nested = np.stack([around[0] & masks[-1], masks[-1], around[2] | masks[-1]])
-            answer = self._shown(nested, looked[k], quality[k], 1, windows[k])
-            return answer
-        k, c = divmod(best, CANDIDATES)
-        return self._shown(np.stack(masks[CANDIDATES * k : CANDIDATES * (k + 1)]), looked[k], quality[k], c, windows[k])
 
     def _candidates(self, logits: Tensor, window: Window, marks: np.ndarray) -> np.ndarray:
         """(3, H, W) bool: what the network proposes, as far as it is marked."""
@@ -419,18 +378,6 @@ class Session:
         probability = np.zeros(candidates.shape[1:], np.float32)
         probability[window.slices] = logits[shown].sigmoid().numpy()
         return Answer(candidates[shown], probability, tuple(quality.tolist()), candidates, shown)
-
-
-def _widths(size: tuple[int, int], row: int, column: int) -> list[Window]:
-    """Windows around a pixel, from the narrowest to the whole image; those that would leave it are shifted back into it."""
-    windows, side = [], float(NARROWEST)
-    while side < max(size):
-        height, width = (min(round(side), n) for n in size)
-        top = min(max(0, row - height // 2), size[0] - height)
-        left = min(max(0, column - width // 2), size[1] - width)
-        windows.append(Window(top, left, top + height, left + width))
-        side *= STEP
-    return [*windows, Window(0, 0, *size)]
 
 
 def mend(
