@@ -4,6 +4,7 @@ The first prompt finds the object: the head looks at cubes of many widths around
 that all the others agree with most is taken. Each further prompt mends the
 answer before: what the head would change in a cube around the object is taken over where it is connected to the mark and nearer to
 it than to any mark of the other kind, in mm; all slices alike, and nothing elsewhere. Cost follows the object, not the scan.
+Where a mark of the background shows that far too much was found, the object is found anew.
 
 An answer depends on the scan and on the ordered prompts only: all of them are replayed, from the longest beginning already answered.
 """
@@ -51,12 +52,15 @@ TRUST = 4.0
 ROOM = 1.5
 """A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
-"""Weight of a first candidate's IoU with a prior, beside its estimated IoU; and the estimate below which the prior itself is shown."""
+"""Weight of a first candidate's IoU with a prior, beside its estimated IoU; and the estimate below which the prior itself is shown, or a new answer looked for."""
 BEGINNING = 0.5
 """A mark of the object that lies further from the answer than this times its width asks for a new answer, which that is joined to."""
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
+ANEW, DOUBT = 0.5, 0.1
+"""After a mark of the background, an answer found anew is taken if it has less than this share of the mended one's voxels and its
+estimated IoU is at most so much lower."""
 FEW = 8
 """Marks to which distances are measured one by one."""
 
@@ -307,6 +311,9 @@ class VolumeSession:
             for at in range(same, len(events)):
                 before = self._answers[-1] if self._answers else begin
                 answer = self._next(events[: at + 1], before, candidate if at == 0 else None, prior)
+                # A mask that the user began with is mended and never thrown away.
+                if begin is None and before is not None:
+                    answer = self._anew(events[: at + 1], answer)
                 if self._answers:
                     self._answers[-1] = _slim(self._answers[-1])
                 self._events.append(events[at])
@@ -338,6 +345,17 @@ class VolumeSession:
         if box is None and self._is_beginning(before, newest):
             return self._joined(self._find(marks, None), before, marks)
         return self._mend(newest, marks, box, before)
+
+    def _anew(self, events: Sequence[VolumeEvent], mended: VolumeAnswer) -> VolumeAnswer:
+        """The object found anew from all marks, where the newest are of the background and the mended answer is far too large."""
+        wanted = any(kind == 1 for *_, kind in events[-1].marks) or any(e.box is not None for e in events)
+        if wanted or mended.estimates[mended.shown] > SURE:
+            return mended
+        marks = np.array([m for e in events for m in e.marks], int)
+        found = self._find(marks, None)
+        smaller = np.count_nonzero(found.mask) < ANEW * np.count_nonzero(mended.mask)
+        doubt = mended.estimates[mended.shown] - found.estimates[found.shown]
+        return found if smaller and doubt < DOUBT else mended
 
     def _is_beginning(self, before: VolumeAnswer, newest: np.ndarray) -> bool:
         """Whether marks of the object lie further from an answer than that is wide: then it was but a beginning."""
