@@ -18,6 +18,7 @@ from zeroseg.interaction.volume_session import (
     VolumeSession,
     VolumeSessions,
     _away,
+    load_volume_head,
     mend_volume,
     spacing_of,
 )
@@ -132,6 +133,24 @@ def test_a_correction_in_another_slice_reaches_its_neighbours_and_nothing_else(i
     mask = inferer.segment(image, mask=start, points=[[29, 30, 18]], labels=[0]).labels > 0
     assert not mask[29, 30, 18] and (mask & truth).sum() >= 0.95 * truth.sum(), "the accepted object stays"
     assert (mask & far).sum() < 0.8 * far.sum()
+
+
+def test_a_mark_of_the_background_on_what_is_far_too_large_finds_a_small_thing_in_a_large_one():
+    """A faint ball in a ball ninety times as large, which a first click takes for the object."""
+    shape = (64, 64, 48)
+    small, large = ellipsoid((24, 30, 24), (5, 5, 5), shape), ellipsoid((32, 32, 24), (26, 24, 18), shape)
+    image = 0.1 + 0.4 * large + 0.03 * small + np.random.default_rng(0).normal(0, 0.02, shape)
+    wanted, unwanted = VolumeEvent(((24, 30, 24, 1),)), VolumeEvent(((44, 34, 24, 2),))
+
+    def session() -> VolumeSession:
+        return VolumeSession(load_volume_head(), torch.from_numpy(image.clip(0, 1).astype(np.float32)), (1, 1, 1))
+
+    first = session().answer([wanted]).whole(shape)
+    assert dice(first, large) > 0.8
+    assert dice(session().answer([wanted, unwanted]).whole(shape), small) > 0.6
+    # What the user began with is mended, and no more.
+    mended = session().answer([wanted, unwanted], start=first).whole(shape)
+    assert np.count_nonzero(mended) > 0.5 * np.count_nonzero(first)
 
 
 def test_an_answer_depends_on_the_ordered_prompts_alone(tiny_backbone):

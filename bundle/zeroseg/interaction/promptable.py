@@ -1,5 +1,7 @@
 """Answers to ordered prompts by the promptable head: the first prompt finds the object, each further one mends the answer before.
 
+Where a mark of the background shows that the head had the wrong object, it is found anew.
+
 An answer depends on the encoding and on the ordered prompts only: all of them are replayed, from the longest beginning already answered.
 """
 
@@ -41,6 +43,11 @@ SAY = 0.8
 """Weight of a first candidate's IoU with the rule's answer, beside its estimated IoU. Chosen on development images."""
 SURE = 0.8
 """Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
+DOUBTED = 0.6
+"""Estimated IoU of a mended answer below which, after a mark of the background, a new one is looked for. Chosen on development images."""
+NARROWEST, STEP, AGREEMENT = 32, 1.4, 4.0
+"""Of the windows in which a new answer is looked for: side of the narrowest in pixels, ratio of two sides; and how much more a
+candidate counts of which the head is surer, e to this times the estimated IoU, as in ``volume_session``."""
 MAIN, TRUST = 0.5, 0.4
 """``find_whole`` asks that the largest part of a region makes up more than this share of it, and that the head's estimated IoU times
 its answer's IoU with that part is at least the second number. Chosen on development images."""
@@ -297,16 +304,33 @@ class Session:
             if candidate is not None:
                 answer = replace(answer, mask=answer.candidates[candidate - 1], shown=candidate - 1)
             return answer
-        return self._mend(events, marks, box, before)
+        mended = self._mend(events, marks, box, before)
+        unwanted = all(kind == 2 for *_, kind in events[-1].marks) and (marks == 1).any()
+        # A mask that the user began with, or a box, is never thrown away.
+        begun = self._begun[0] is not None or box is not None
+        if begun or not unwanted or mended.estimates[mended.shown] > DOUBTED:
+            return mended
+        found = self._find_anew(events, marks)
+        return found if found.estimates[found.shown] > mended.estimates[mended.shown] else mended
 
     def look(self, events, marks, box, before, window: Window) -> tuple[Tensor, Tensor]:
         """Logits (3, h, w) over a window's own pixels, and estimated IoU (3,)."""
+        logits, quality = self._look(events, marks, box, before, [window])
+        return logits[0], quality[0]
+
+    def _look(self, events, marks, box, before, windows: Sequence[Window]) -> tuple[list[Tensor], Tensor]:
+        """As ``look``, in several windows: a list of logits, and (N, 3)."""
         last = None if before is None else torch.from_numpy(before)
-        x = assemble(self.image, torch.from_numpy(marks), box, last, self._attention(events), window)
+        drawn, attention = torch.from_numpy(marks), self._attention(events)
+        x = torch.stack([assemble(self.image, drawn, box, last, attention, window) for window in windows])
         with torch.inference_mode():
-            logits, quality = self.head(x[None].contiguous(memory_format=torch.channels_last))
-            size = (window.bottom - window.top, window.right - window.left)
-            return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0], quality[0].sigmoid()
+            logits, quality = self.head(x.contiguous(memory_format=torch.channels_last))
+            sizes = [(window.bottom - window.top, window.right - window.left) for window in windows]
+            full = [
+                F.interpolate(one[None], size, mode="bilinear", align_corners=False)[0]
+                for one, size in zip(logits, sizes, strict=True)
+            ]
+            return full, quality.sigmoid()
 
     def _attention(self, events: Sequence[Event]) -> Tensor | None:
         if self.readout is None:
@@ -352,6 +376,18 @@ class Session:
         nested = candidates[0] & prior, prior, candidates[2] | prior
         candidates = np.stack([obey(mask, marks) for mask in nested])
         return replace(answer, mask=candidates[1], candidates=candidates, shown=1)
+
+    def _find_anew(self, events, marks) -> Answer:
+        """Of all candidates of windows of many widths around the marks of the object, the one that the others agree with most."""
+        windows = _widths(tuple(self.image.shape[1:]), _bounds(marks == 1, marks == 1))
+        logits, quality = self._look(events, marks, None, None, windows)
+        candidates = [self._candidates(one, window, marks) for one, window in zip(logits, windows, strict=True)]
+        said = np.concatenate(candidates).reshape(len(windows) * CANDIDATES, -1).astype(np.float32)
+        common = said @ said.T
+        total = common.diagonal()
+        overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
+        k, shown = divmod(int((overlap @ np.exp(AGREEMENT * quality.numpy().ravel())).argmax()), CANDIDATES)
+        return self._shown(candidates[k], logits[k], quality[k], shown, windows[k])
 
     def _candidates(self, logits: Tensor, window: Window, marks: np.ndarray) -> np.ndarray:
         """(3, H, W) bool: what the network proposes, as far as it is marked."""
@@ -454,6 +490,21 @@ def _bounds(mask: np.ndarray, also: np.ndarray) -> tuple[int, int, int, int]:
     both = mask | also
     rows, columns = np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _widths(size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Window]:
+    """Windows around a box, from the narrowest that holds it to the whole image; those that would leave the image are shifted back."""
+    windows, side = [], float(NARROWEST)
+    while side < max(size):
+        sides = [min(round(side), most) for most in size]
+        starts = [
+            min(max(0, (low + high - wide) // 2), most - wide)
+            for low, high, wide, most in ((box[0], box[2], sides[0], size[0]), (box[1], box[3], sides[1], size[1]))
+        ]
+        if all(wide >= high - low for low, high, wide in ((box[0], box[2], sides[0]), (box[1], box[3], sides[1]))):
+            windows.append(Window(starts[0], starts[1], starts[0] + sides[0], starts[1] + sides[1]))
+        side *= STEP
+    return [*windows, Window(0, 0, *size)]
 
 
 def _around(size: tuple[int, int], box: tuple[int, int, int, int], margin: float) -> Window:
