@@ -58,7 +58,7 @@ BEGINNING = 0.5
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
-ANEW, DOUBT = 0.5, 0.1
+ANEW, DOUBT = 0.25, 0.1
 """After a mark of the background, an answer found anew is taken if it has less than this share of the mended one's voxels and its
 estimated IoU is at most so much lower."""
 FEW = 8
