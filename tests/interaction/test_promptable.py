@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from attention_maps import three_squares
 from zeroseg.attention import EncodedImage
@@ -208,3 +209,22 @@ def test_damaged_weights_are_refused(tmp_path):
         load_head(folder)
     with pytest.raises(WeightsError, match="refiner rules"):
         load_head(tmp_path / "nowhere")
+
+
+def test_a_mark_of_the_background_on_the_wrong_object_finds_a_small_thing_in_a_large_one():
+    """A faint disc in one seventy times as large, which a first click takes for the object."""
+    rows, columns = np.ogrid[:256, :256]
+    large = (rows - 128) ** 2 + (columns - 128) ** 2 < 100**2
+    small = (rows - 110) ** 2 + (columns - 100) ** 2 < 12**2
+    gray = 0.1 + 0.4 * large + 0.03 * small + np.random.default_rng(0).normal(0, 0.02, large.shape)
+    image = torch.from_numpy(gray.clip(0, 1).astype(np.float32)).expand(3, -1, -1)
+    wanted, unwanted = Event(((110, 100, 1),)), Event(((150, 170, 2),))
+
+    def session() -> Session:
+        return Session(load_head(), image, None)
+
+    first = session().answer([wanted]).mask
+    assert dice(first, large) > 0.9
+    assert dice(session().answer([wanted, unwanted]).mask, small) > 0.7
+    # What the user began with is mended, and no more.
+    assert np.count_nonzero(session().answer([wanted, unwanted], start=first).mask) > 0.5 * np.count_nonzero(first)
