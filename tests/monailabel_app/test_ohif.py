@@ -344,13 +344,17 @@ def test_a_tumour_asked_for_by_words_is_drawn_or_said_to_be_absent(tmp_path):
     assert report["errors"] == []
 
 
-def test_the_screenshot_for_the_readme(visit):
-    """Kept with the other artefacts; ZEROSEG_UPDATE_DOCS=1 puts it into docs/ as well."""
-    picture = ARTIFACTS / "ohif.jpg"
-    with Image.open(ARTIFACTS / "mr-putamen.png") as shot:
-        shot.convert("RGB").resize((1200, round(1200 * shot.height / shot.width)), Image.LANCZOS).save(
+@pytest.mark.parametrize(
+    ("shot", "name"),
+    [("mr-putamen", "ohif"), ("organs-touching corrected", "ohif_corrected"), ("ct-too soon", "ohif_refused")],
+)
+def test_the_screenshots_for_the_readmes(visit, shot, name):
+    """Kept with the other artefacts; ZEROSEG_UPDATE_DOCS=1 puts them into docs/ as well."""
+    picture = ARTIFACTS / f"{name}.jpg"
+    with Image.open(ARTIFACTS / f"{shot}.png") as taken:
+        taken.convert("RGB").resize((1200, round(1200 * taken.height / taken.width)), Image.LANCZOS).save(
             picture, quality=82, optimize=True
         )
     assert 20_000 < picture.stat().st_size < 200_000
     if os.environ.get("ZEROSEG_UPDATE_DOCS"):
-        shutil.copy(picture, ROOT / "docs" / "ohif.jpg")
+        shutil.copy(picture, ROOT / "docs" / picture.name)
