@@ -3,7 +3,7 @@
 The first prompt finds the object: the head looks at cubes of many widths around it, from a few voxels to the whole scan, and the answer
 that all the others agree with most is taken. Each further prompt mends the
 answer before: what the head would change in a cube around the object is taken over where it is connected to the mark and nearer to
-it than to any mark of the other kind, in mm; all slices alike, and nothing elsewhere. Cost follows the object, not the scan.
+it than to any mark of the other kind (of the background: not much further), in mm; all slices alike, and nothing elsewhere. Cost follows the object, not the scan.
 Where a mark of the background shows that far too much was found, the object is found anew.
 
 An answer depends on the scan and on the ordered prompts only: all of them are replayed, from the longest beginning already answered.
@@ -58,6 +58,8 @@ BEGINNING = 0.5
 DISC, NEAR_DISCS, LATE_SHARE, LEAST_SHARE = 0.7, 4.0, 2.0, 0.05
 """As in ``promptable``: a mark changes a ball of this share of its depth at least; and from the third mark on, at most so many balls
 of its depth, or this share of the answer divided by the number of corrections, but not below the last number of it."""
+REACH = 1.5
+"""A mark of the background takes away what lies up to so many times as far from it as from a mark of the object. Chosen on development volumes."""
 ANEW, DOUBT = 0.25, 0.1
 """After a mark of the background, an answer found anew is taken if it has less than this share of the mended one's voxels and its
 estimated IoU is at most so much lower."""
@@ -549,7 +551,8 @@ def mend_volume(
         allowed = wanted
         others = marks[marks[:, 3] == 3 - kind][:, :3]
         if len(others):
-            allowed = allowed & (away <= _away(before.shape, others, spacing))
+            reach = REACH if kind == 2 else 1.0
+            allowed = allowed & (away <= reach * _away(before.shape, others, spacing))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
         depth = 0.0
         if len(places) == 1 and wanted[at][0]:
