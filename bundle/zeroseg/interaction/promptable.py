@@ -48,6 +48,8 @@ DOUBTED = 0.6
 NARROWEST, STEP, AGREEMENT = 32, 1.4, 4.0
 """Of the windows in which a new answer is looked for: side of the narrowest in pixels, ratio of two sides; and how much more a
 candidate counts of which the head is surer, e to this times the estimated IoU, as in ``volume_session``."""
+COMPARED = 512
+"""Longest side of the grid on which their candidates are compared."""
 MAIN, TRUST = 0.5, 0.4
 """``find_whole`` asks that the largest part of a region makes up more than this share of it, and that the head's estimated IoU times
 its answer's IoU with that part is at least the second number. Chosen on development images."""
@@ -316,21 +318,16 @@ class Session:
     def look(self, events, marks, box, before, window: Window) -> tuple[Tensor, Tensor]:
         """Logits (3, h, w) over a window's own pixels, and estimated IoU (3,)."""
         logits, quality = self._look(events, marks, box, before, [window])
-        return logits[0], quality[0]
+        return _over(logits[0], window), quality[0]
 
-    def _look(self, events, marks, box, before, windows: Sequence[Window]) -> tuple[list[Tensor], Tensor]:
-        """As ``look``, in several windows: a list of logits, and (N, 3)."""
+    def _look(self, events, marks, box, before, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Logits (N, 3, WINDOW, WINDOW) as the network gives them, and estimated IoU (N, 3), of N windows."""
         last = None if before is None else torch.from_numpy(before)
         drawn, attention = torch.from_numpy(marks), self._attention(events)
         x = torch.stack([assemble(self.image, drawn, box, last, attention, window) for window in windows])
         with torch.inference_mode():
             logits, quality = self.head(x.contiguous(memory_format=torch.channels_last))
-            sizes = [(window.bottom - window.top, window.right - window.left) for window in windows]
-            full = [
-                F.interpolate(one[None], size, mode="bilinear", align_corners=False)[0]
-                for one, size in zip(logits, sizes, strict=True)
-            ]
-            return full, quality.sigmoid()
+            return logits, quality.sigmoid()
 
     def _attention(self, events: Sequence[Event]) -> Tensor | None:
         if self.readout is None:
@@ -379,15 +376,26 @@ class Session:
 
     def _find_anew(self, events, marks) -> Answer:
         """Of all candidates of windows of many widths around the marks of the object, the one that the others agree with most."""
-        windows = _widths(tuple(self.image.shape[1:]), _bounds(marks == 1, marks == 1))
+        size = tuple(self.image.shape[1:])
+        windows = _widths(size, _bounds(marks == 1, marks == 1))
         logits, quality = self._look(events, marks, None, None, windows)
-        candidates = [self._candidates(one, window, marks) for one, window in zip(logits, windows, strict=True)]
-        said = np.concatenate(candidates).reshape(len(windows) * CANDIDATES, -1).astype(np.float32)
+        # Compared on a grid, one window after the other, so that a large picture takes no more memory than for a first answer.
+        step = -(-max(size) // COMPARED)
+        said = np.zeros((len(windows), CANDIDATES, -(-size[0] // step), -(-size[1] // step)), np.float32)
+        for k, window in enumerate(windows):
+            top, left = -(-window.top // step), -(-window.left // step)
+            local = marks[window.slices]
+            for c, one in enumerate(_over(logits[k], window).numpy()):
+                mask = keep_marked(obey(one > 0, local), local)
+                part = mask[top * step - window.top :: step, left * step - window.left :: step]
+                said[k, c, top : top + part.shape[0], left : left + part.shape[1]] = part
+        said = said.reshape(len(windows) * CANDIDATES, -1)
         common = said @ said.T
         total = common.diagonal()
         overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
         k, shown = divmod(int((overlap @ np.exp(AGREEMENT * quality.numpy().ravel())).argmax()), CANDIDATES)
-        return self._shown(candidates[k], logits[k], quality[k], shown, windows[k])
+        own = _over(logits[k], windows[k])
+        return self._shown(self._candidates(own, windows[k], marks), own, quality[k], shown, windows[k])
 
     def _candidates(self, logits: Tensor, window: Window, marks: np.ndarray) -> np.ndarray:
         """(3, H, W) bool: what the network proposes, as far as it is marked."""
@@ -490,6 +498,12 @@ def _bounds(mask: np.ndarray, also: np.ndarray) -> tuple[int, int, int, int]:
     both = mask | also
     rows, columns = np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _over(logits: Tensor, window: Window) -> Tensor:
+    """(3, WINDOW, WINDOW) -> (3, h, w), over a window's own pixels."""
+    size = (window.bottom - window.top, window.right - window.left)
+    return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def _widths(size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Window]:
