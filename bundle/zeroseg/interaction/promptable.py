@@ -45,9 +45,10 @@ SURE = 0.8
 """Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
 DOUBTED = 0.6
 """Estimated IoU of a mended answer below which, after a mark of the background, a new one is looked for. Chosen on development images."""
-NARROWEST, STEP, AGREEMENT = 32, 1.4, 4.0
-"""Of the windows in which a new answer is looked for: side of the narrowest in pixels, ratio of two sides; and how much more a
-candidate counts of which the head is surer, e to this times the estimated IoU, as in ``volume_session``."""
+NARROWEST, STEP = 32, 1.4
+"""Of the windows in which a new answer is looked for: side of the narrowest in pixels, and ratio of two sides."""
+AGREEMENT = 4.0
+"""How much more a candidate counts among others of which the head is surer: e to this times the estimated IoU."""
 COMPARED = 512
 """Longest side of the grid on which their candidates are compared."""
 MAIN, TRUST = 0.5, 0.4
@@ -390,10 +391,7 @@ class Session:
                 part = mask[top * step - window.top :: step, left * step - window.left :: step]
                 said[k, c, top : top + part.shape[0], left : left + part.shape[1]] = part
         said = said.reshape(len(windows) * CANDIDATES, -1)
-        common = said @ said.T
-        total = common.diagonal()
-        overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
-        k, shown = divmod(int((overlap @ np.exp(AGREEMENT * quality.numpy().ravel())).argmax()), CANDIDATES)
+        k, shown = divmod(most_agreed(said, said, quality), CANDIDATES)
         own = _over(logits[k], windows[k])
         return self._shown(self._candidates(own, windows[k], marks), own, quality[k], shown, windows[k])
 
@@ -474,6 +472,20 @@ def mend(
                 change &= away <= np.sort(away[change])[int(most)]
             masks[k] = np.where(change, kind == 1, masks[k])
     return np.stack([obey(mask, marks) for mask in masks])
+
+
+def most_agreed(said: np.ndarray, weighted: np.ndarray, quality: Tensor) -> int:
+    """Which of K masks the others agree with most: the sum of its Dice with each, that with a surer one counting more.
+
+    Args:
+        said: (K, n) float32, 1 in the mask.
+        weighted: the same, times what each of the n places stands for.
+        quality: estimated IoU, K numbers in any shape.
+    """
+    common = weighted @ said.T
+    total = common.diagonal()
+    overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
+    return int((overlap @ np.exp(AGREEMENT * quality.numpy().ravel())).argmax())
 
 
 def agrees(event: Event, mask: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.promptable import load_head
+from zeroseg.interaction.promptable import load_head, most_agreed
 from zeroseg.interaction.prompts import Prompts, contradicts
 from zeroseg.interaction.volume_head import (
     CANDIDATES,
@@ -47,8 +47,6 @@ STEP = 1.4
 """Ratio of the widths of two cubes of the first look."""
 LARGEST_MM = 500.0
 """Side of the largest cube looked at, in mm, unless the marks lie further apart."""
-TRUST = 4.0
-"""How much more an answer counts of which the head is surer: e to this times the estimated IoU."""
 ROOM = 1.5
 """A cube is this many times as wide as the box, or the answer, that it is around."""
 SAY, SURE = 0.4, 0.5
@@ -313,9 +311,6 @@ class VolumeSession:
             for at in range(same, len(events)):
                 before = self._answers[-1] if self._answers else begin
                 answer = self._next(events[: at + 1], before, candidate if at == 0 else None, prior)
-                # A mask that the user began with is mended and never thrown away.
-                if begin is None and before is not None:
-                    answer = self._anew(events[: at + 1], answer)
                 if self._answers:
                     self._answers[-1] = _slim(self._answers[-1])
                 self._events.append(events[at])
@@ -346,14 +341,11 @@ class VolumeSession:
         newest = np.array(events[-1].marks, int).reshape(-1, 4)
         if box is None and self._is_beginning(before, newest):
             return self._joined(self._find(marks, None), before, marks)
-        return self._mend(newest, marks, box, before)
-
-    def _anew(self, events: Sequence[VolumeEvent], mended: VolumeAnswer) -> VolumeAnswer:
-        """The object found anew from all marks, where the newest are of the background and the mended answer is far too large."""
-        wanted = any(kind == 1 for *_, kind in events[-1].marks) or any(e.box is not None for e in events)
-        if wanted or mended.estimates[mended.shown] > SURE:
+        mended = self._mend(newest, marks, box, before)
+        # A mask that the user began with, or a box, is never thrown away.
+        begun = self._begun[0] is not None or box is not None
+        if begun or (newest[:, 3] == 1).any() or mended.estimates[mended.shown] > SURE:
             return mended
-        marks = np.array([m for e in events for m in e.marks], int)
         found = self._find(marks, None)
         smaller = np.count_nonzero(found.mask) < ANEW * np.count_nonzero(mended.mask)
         doubt = mended.estimates[mended.shown] - found.estimates[found.shown]
@@ -474,11 +466,7 @@ class VolumeSession:
                 parts, _ = ndimage.label(mask)
                 mask = np.isin(parts, np.unique(parts[tuple(cells.T)]))
                 said[k * CANDIDATES + c, known] = mask[tuple(at[known].T)]
-        common = (said * volumes) @ said.T
-        total = common.diagonal()
-        overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
-        best = int((overlap @ np.exp(TRUST * quality.numpy().ravel())).argmax())
-        k, c = divmod(best, CANDIDATES)
+        k, c = divmod(most_agreed(said, said * volumes, quality), CANDIDATES)
         return cubes[k], logits[k], quality[k], c
 
     def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray) -> Cube:
