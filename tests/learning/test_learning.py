@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from zeroseg.attention import AttentionSegmentationInferer
-from zeroseg.attention.prepare import prepare
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.learning import Case, Exemplar, LearnedHead, Stopped, fit
 from zeroseg.learning.augmentation import augment
 from zeroseg.learning.cases import MOST_SLICES, chosen_slices, labelled_slices
-from zeroseg.learning.features import find_components, read_encoded, read_prepared
-from zeroseg.learning.fitting import fit_readings, shares
+from zeroseg.learning.features import find_components, read_encoded
+from zeroseg.learning.fitting import fit_shown, shares
 from zeroseg.learning.head import expected_dice
+from zeroseg.learning.inputs import show_encoded
+from zeroseg.learning.network import FewShotNet, class_shares
 from zeroseg.learning.store import read_folder
 
 LABELS = {"disc": 1, "square": 3}
@@ -55,10 +56,10 @@ def few_steps():
 @pytest.fixture(scope="module")
 def head(inferer, few_steps) -> LearnedHead:
     image, label = scene(0)
-    reading = read_prepared(inferer, prepare(torch.from_numpy(image)))
+    shown = show_encoded(inferer, inferer.encode(image))
     table = torch.tensor([0, 1, 0, 2])
-    network, components, facts = fit_readings([reading], [shares(table[label.astype(int)], 3)], **few_steps)
-    return LearnedHead(inferer, network, components, LABELS, {"shots": 1, **facts})
+    network, facts = fit_shown([shown], [shares(table[label.astype(int)], 3)], **few_steps)
+    return LearnedHead(inferer, network, LABELS, {"shots": 1, **facts})
 
 
 @pytest.mark.slow
@@ -66,13 +67,12 @@ def test_it_learns_from_two_images_over_the_embedded_model(embedded_backbone):
     inferer = AttentionSegmentationInferer(embedded_backbone, resolution=128)
     seen: list[tuple[int, int, float]] = []
     cases = [Case(*scene(seed)) for seed in (0, 1)]
-    readings = [read_prepared(inferer, part.image) for part in labelled_slices(cases, LABELS, -1)]
-    classes = [shares(part.classes, 3) for part in labelled_slices(cases, LABELS, -1)]
-    network, components, facts = fit_readings(
-        readings, classes, left=lambda: 1.0, steps=40, progress=lambda *now: seen.append(now)
-    )
+    parts = labelled_slices(cases, LABELS, -1)
+    shown = [show_encoded(inferer, inferer.encode_prepared(part.image)) for part in parts]
+    classes = [shares(part.classes, 3) for part in parts]
+    network, facts = fit_shown(shown, classes, left=lambda: 1.0, steps=40, progress=lambda *now: seen.append(now))
     assert [now[:2] for now in seen] == [(10, 40), (20, 40), (30, 40), (40, 40)] and facts["steps"] == 40
-    learned = LearnedHead(inferer, network, components, LABELS, facts)
+    learned = LearnedHead(inferer, network, LABELS, facts)
     image, label = scene(2)
     found = learned.predict(image)
     for value in (1, 3):
@@ -96,13 +96,13 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
 @pytest.mark.slow
 def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, inferer, few_steps):
     image, label = scene(0)
-    reading = read_prepared(inferer, prepare(torch.from_numpy(image)))
+    shown = show_encoded(inferer, inferer.encode(image))
     classes = [shares(torch.tensor([0, 1, 0, 2])[label.astype(int)], 3)]
-    again, components, _ = fit_readings([reading], classes, **few_steps)
+    again, _ = fit_shown([shown], classes, **few_steps)
     for a, b in zip(again.state_dict().values(), head.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    further, same, _ = fit_readings([reading], classes, **few_steps, start=head)
-    assert same is head.components and torch.equal(components.basis, same.basis)
+    further, _ = fit_shown([shown], classes, **few_steps, start=head)
+    assert torch.equal(further.prior, head.network.prior)
     assert not torch.equal(further.unet.final_conv.weight, head.network.unet.final_conv.weight)
 
 
@@ -127,6 +127,8 @@ def test_a_head_of_another_backbone_or_other_settings_is_refused(head, inferer, 
     head.save(tmp_path)
     with pytest.raises(WeightsError, match="another timestep"):
         LearnedHead.load(tmp_path, inferer.replace(timestep=10))
+    with pytest.raises(WeightsError, match="another refiner"):
+        LearnedHead.load(tmp_path, inferer.replace(refiner="rules"))
     with pytest.raises(WeightsError, match="another backbone") as refused:
         LearnedHead.load(tmp_path, AttentionSegmentationInferer(embedded_backbone, resolution=64))
     assert "\n" not in str(refused.value)
@@ -234,14 +236,31 @@ def test_expected_dice_is_that_of_the_probabilities():
     assert expected_dice(np.stack([np.full((2, 2), 0.8), np.full((2, 2), 0.2)])) == pytest.approx(0.8)
 
 
-def test_changes_keep_image_features_and_classes_together():
+def test_changes_keep_image_and_maps_together():
     generator = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 1, 32).expand(4, 1, 32, 32).clone()
-    classes = torch.cat([1 - ramp, ramp], 1)
-    _, features, warped = augment(ramp.expand(4, 3, 32, 32), ramp, classes, generator)
-    torch.testing.assert_close(warped.sum(1), torch.ones(4, 32, 32))
-    agree = [np.corrcoef(f.flatten(), w.flatten())[0, 1] for f, w in zip(features[:, 0], warped[:, 1], strict=True)]
+    image, maps = augment(ramp.expand(4, 3, 32, 32), torch.cat([1 - ramp, ramp], 1), generator)
+    torch.testing.assert_close(maps.sum(1), torch.ones(4, 32, 32))
+    agree = [np.corrcoef(i.flatten(), m.flatten())[0, 1] for i, m in zip(image[:, 0], maps[:, 1], strict=True)]
     assert sum(a > 0.8 for a in agree if np.isfinite(a)) >= 3
+
+
+def test_a_network_begins_at_what_the_labels_say_of_the_foreground():
+    truth = torch.zeros(1, 2, 32, 32)
+    truth[:, 1, :, 16:] = 1
+    truth[:, 0] = 1 - truth[:, 1]
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def begin(foreground: torch.Tensor) -> torch.Tensor:
+        network = FewShotNet(class_shares(foreground, truth)).eval()
+        with torch.inference_mode():
+            return network(image, foreground).softmax(1)[0, 1]
+
+    # Right, exactly wrong, and half of all that is the object.
+    assert torch.equal(begin(truth[:, 1:]) > 0.5, truth[0, 1] > 0.5)
+    assert torch.equal(begin(truth[:, :1]) > 0.5, truth[0, 1] > 0.5)
+    nowhere = begin(torch.zeros(1, 1, 32, 32))
+    torch.testing.assert_close(nowhere, torch.full((32, 32), 0.5))
 
 
 def test_components_have_a_deviation_of_one(inferer):

@@ -35,8 +35,9 @@ from zeroseg.io import atomic_path, versions, write_json
 from zeroseg.learning.augmentation import augment
 from zeroseg.learning.exemplar import Exemplar
 from zeroseg.learning.features import Reading, read_encoded
-from zeroseg.learning.fitting import BATCH, fit_readings, loss_and_dice, shares
+from zeroseg.learning.fitting import BATCH, fit_shown, loss_and_dice, shares
 from zeroseg.learning.head import LearnedHead, expected_dice
+from zeroseg.learning.inputs import Shown, show, squeeze
 
 COLUMNS = ("set", "seed", "shots", "method", "case", "dice", "expected_dice")
 NEIGHBOURS, SAMPLED = 15, 4000
@@ -61,6 +62,11 @@ class ReadSample:
     truth: np.ndarray
     reading: Reading
     auto: np.ndarray
+
+    @property
+    def shown(self) -> Shown:
+        """What the network that learns is shown of it."""
+        return show(self.guide, torch.from_numpy(self.auto), self.reading.size)
 
     @property
     def classes(self) -> Tensor:
@@ -116,10 +122,8 @@ def budget(seconds: float) -> Callable[[], float]:
 
 def by_head(inferer, given: Sequence[ReadSample], seconds: float, seed: int) -> LearnedHead:
     """The head that ``learning.fit`` would give for these images."""
-    network, components, facts = fit_readings(
-        [s.reading for s in given], [s.classes for s in given], left=budget(seconds), seed=seed
-    )
-    return LearnedHead(inferer, network, components, {"object": 1}, facts)
+    network, facts = fit_shown([s.shown for s in given], [s.classes for s in given], left=budget(seconds), seed=seed)
+    return LearnedHead(inferer, network, {"object": 1}, facts)
 
 
 class ColourNeighbours:
@@ -155,18 +159,14 @@ class ScratchUNet:
             torch.manual_seed(seed)
             self._network = BasicUNet(2, 3, 2)
         images = torch.stack([s.reading.image for s in given])
-        side = images.shape[-1]
-        truths = torch.stack(
-            [F.interpolate(s.classes[None], (side, side), mode="bilinear", antialias=True)[0] for s in given]
-        )
-        nothing = torch.zeros(len(images), 1, 1, 1)
+        truths = torch.stack([squeeze(s.classes) for s in given])
         optimizer = torch.optim.AdamW(self._network.parameters(), UNET_RATE, weight_decay=1e-2)
         self.steps = 0
         while self.steps == 0 or left() > 0:
             for group in optimizer.param_groups:
                 group["lr"] = UNET_RATE * (1e-2 + max(0.0, left()))
             batch = torch.randint(len(images), (BATCH,), generator=generator)
-            image, _, truth = augment(images[batch], nothing[batch], truths[batch], generator)
+            image, truth = augment(images[batch], truths[batch], generator)
             loss, _ = loss_and_dice(self._network(image), truth)
             optimizer.zero_grad()
             loss.backward()
@@ -225,7 +225,7 @@ def measure_set(
 
             head = by_head(inferer, given, plan.seconds, seed)
             for sample in rest:
-                probabilities = head.probabilities(sample.reading)
+                probabilities = head.probabilities(sample.shown)
                 add("learned", sample, probabilities.argmax(0) == 1, expected_dice(probabilities))
                 add("auto", sample, sample.auto)
             if shots == 1:

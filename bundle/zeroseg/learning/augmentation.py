@@ -1,4 +1,4 @@
-"""Random changes of what was read, so that a few images stand for many."""
+"""Random changes of labelled images, so that a few stand for many."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ TURN, ZOOM, STRETCH, SHIFT = 0.35, 0.25, 0.1, 0.15
 """Largest rotation in radians, log-scale, log-aspect, and shift in half images."""
 GAIN, OFFSET, GAMMA, TINT = 0.2, 0.1, 0.25, 0.04
 """Largest change of the image's contrast (log), brightness, gamma (log), and of each colour."""
-DROP, NOISE = 0.1, 0.1
-"""Share of features that are left out, and the deviation of what is added to them."""
 
 
-def augment(
-    images: Tensor, features: Tensor, classes: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same random warp for an image, its features and its classes; other colours for the image alone.
-
-    Features are warped as they are, though the frozen model would see a turned image a little differently.
+def augment(images: Tensor, maps: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same random warp for an image and its maps; other colours for the image alone.
 
     Args:
         images: (B, 3, S, S) in [0, 1].
-        features: (B, K, s, s).
-        classes: (B, L + 1, S, S) shares of the classes.
+        maps: (B, K, S, S), such as shares of classes and the foreground, which is warped as it is, though the frozen model would
+            find a little another one in a turned image.
         generator: of the random numbers.
     """
     count = len(images)
@@ -41,12 +35,11 @@ def augment(
     )
     affine = torch.stack(rows, 1)
 
-    def warp(maps: Tensor) -> Tensor:
-        grid = F.affine_grid(affine, [count, 1, *maps.shape[-2:]], align_corners=False)
-        return F.grid_sample(maps, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    def warp(values: Tensor) -> Tensor:
+        grid = F.affine_grid(affine, [count, 1, *values.shape[-2:]], align_corners=False)
+        return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
-    images, features, classes = warp(images), warp(features), warp(classes)
+    images, maps = warp(images), warp(maps)
     images = images.clamp(0, 1) ** uniform(GAMMA, 1, 1, 1).exp()
     images = (images - 0.5) * uniform(GAIN, 1, 1, 1).exp() + 0.5 + uniform(OFFSET, 1, 1, 1) + uniform(TINT, 3, 1, 1)
-    kept = torch.rand(count, features.shape[1], 1, 1, generator=generator) > DROP
-    return images, features * kept + NOISE * torch.randn(features.shape, generator=generator), classes
+    return images, maps

@@ -13,10 +13,9 @@ from torch import Tensor
 from zeroseg.attention.encoding import EncodedImage
 from zeroseg.attention.refine import Upsampler
 from zeroseg.learning.cases import Case, check_labels, labelled_slices
-from zeroseg.learning.features import Reading, find_components, read_prepared
+from zeroseg.learning.features import GRID, Reading, find_components, read_encoded, read_prepared
 from zeroseg.learning.fitting import shares
 from zeroseg.learning.head import Prediction, answer_slices, decide
-from zeroseg.learning.network import GRID
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -75,7 +74,13 @@ class Exemplar:
         Raises:
             ZeroSegError: the image is empty, not finite, or of other dimensions.
         """
-        return decide(answer_slices(self.inferer, image, self.probabilities), self.labels)
+
+        def answer(part: EncodedImage | Tensor) -> np.ndarray:
+            if isinstance(part, EncodedImage):
+                return self.probabilities(read_encoded(self.inferer, part), part.image)
+            return self.probabilities(read_prepared(self.inferer, part), part)
+
+        return decide(answer_slices(self.inferer, image, answer), self.labels)
 
     @torch.inference_mode()
     def probabilities(self, reading: Reading, guide: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is read of an image to learn from: the image itself, and the frozen decoder's features, in a few components."""
+"""What is read of an image to compare it with others: the image itself, and the frozen decoder's features, in a few components."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from zeroseg.attention.encoding import EncodedImage
 from zeroseg.interaction.head import WINDOW
-from zeroseg.learning.network import COMPONENTS, GRID
+from zeroseg.learning.inputs import squeeze
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
+GRID = WINDOW // 2
+"""Side of the maps the features are brought to."""
+COMPONENTS = 32
+"""Principal components kept of the features."""
 SAMPLES = 1024
 """Positions per image from which the components are found."""
 
@@ -59,8 +63,7 @@ def read_latents(
         seed=inferer.seed,
     )
     maps = [F.interpolate(f, (GRID, GRID), mode="bilinear", align_corners=False)[0] for f in record.features]
-    small = F.interpolate(image[None].float(), (WINDOW, WINDOW), mode="bilinear", antialias=True)[0]
-    return Reading(small.cpu(), torch.cat(maps).half().cpu().clone(), tuple(len(m) for m in maps), size)
+    return Reading(squeeze(image).cpu(), torch.cat(maps).half().cpu().clone(), tuple(len(m) for m in maps), size)
 
 
 def read_prepared(inferer: AttentionSegmentationInferer, full: Tensor) -> Reading:

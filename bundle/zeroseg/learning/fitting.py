@@ -13,9 +13,9 @@ from torch import Tensor
 from zeroseg.errors import ZeroSegError
 from zeroseg.learning.augmentation import augment
 from zeroseg.learning.cases import Case, check_labels, labelled_slices
-from zeroseg.learning.features import Components, Reading, find_components, read_prepared
 from zeroseg.learning.head import LearnedHead
-from zeroseg.learning.network import FewShotNet
+from zeroseg.learning.inputs import Shown, show_encoded, squeeze
+from zeroseg.learning.network import FewShotNet, class_shares
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -24,8 +24,6 @@ STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
 RATE, LEAST, DECAY = 1e-3, 1e-2, 1e-2
 """Learning rate, which falls on a line, the share of it that is left in the end, and weight decay."""
-FEATURES = 4.0
-"""Times the rate for what brings in the frozen model's features, which starts at zero."""
 
 
 class Stopped(ZeroSegError):
@@ -70,15 +68,15 @@ def fit(
     if start is not None and start.labels != names:
         raise ZeroSegError("the head to go on from has other labels: learn from the start")
     slices = labelled_slices(cases, names, inferer.slice_axis)
-    readings = []
+    shown = []
     for part in slices:
         _stop_if(cancelled)
-        readings.append(read_prepared(inferer, part.image))
+        shown.append(show_encoded(inferer, inferer.encode_prepared(part.image)))
     classes = [shares(part.classes, len(names) + 1) for part in slices]
     read = time.perf_counter()
     rest = max(seconds - (read - began), seconds / 2)
-    network, components, facts = fit_readings(
-        readings,
+    network, facts = fit_shown(
+        shown,
         classes,
         left=lambda: 1 - (time.perf_counter() - read) / rest,
         progress=progress,
@@ -88,7 +86,7 @@ def fit(
         steps=steps,
     )
     facts = {"shots": len(cases), "slices": len(slices), **facts, "seconds": round(time.perf_counter() - began, 1)}
-    return LearnedHead(inferer, network, components, names, facts)
+    return LearnedHead(inferer, network, names, facts)
 
 
 def shares(classes: Tensor, count: int) -> Tensor:
@@ -96,8 +94,8 @@ def shares(classes: Tensor, count: int) -> Tensor:
     return F.one_hot(classes, count).permute(2, 0, 1).float()
 
 
-def fit_readings(
-    readings: Sequence[Reading],
+def fit_shown(
+    shown: Sequence[Shown],
     classes: Sequence[Tensor],
     *,
     left: Callable[[], float],
@@ -106,30 +104,25 @@ def fit_readings(
     seed: int = 0,
     start: LearnedHead | None = None,
     steps: int = STEPS,
-) -> tuple[FewShotNet, Components, dict]:
-    """``fit`` of images already read.
+) -> tuple[FewShotNet, dict]:
+    """``fit`` of images that are read already.
 
     Args:
-        readings: of the images.
+        shown: of the images.
         classes: per image (L + 1, H, W) shares.
         left: the share of the time that is left; learning ends at 0, after one step at least.
         other arguments: as ``fit``.
 
     Returns:
-        the network, the components of its features, and ``steps``, ``train_dice`` and ``seed``.
+        the network, and ``steps``, ``train_dice`` and ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
-    components = find_components(readings, seed=seed) if start is None else start.components
-    images = torch.stack([r.image for r in readings])
-    features = torch.stack([components(r) for r in readings])
-    side = images.shape[-1]
-    truths = torch.stack([F.interpolate(c[None], (side, side), mode="bilinear", antialias=True)[0] for c in classes])
-    network = _network(len(classes[0]), features.shape[1], seed, start)
-    groups = [
-        {"params": [*network.unet.parameters()], "share": 1.0},
-        {"params": [*network.features.parameters()], "share": FEATURES},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
+    images = torch.stack([s.image for s in shown])
+    truths = torch.stack([squeeze(c) for c in classes])
+    foreground = torch.stack([s.foreground for s in shown])
+    maps = torch.cat([truths, foreground], 1)
+    network = _network(class_shares(foreground, truths), seed, start)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
         _stop_if(cancelled)
@@ -137,12 +130,12 @@ def fit_readings(
         if spent >= 1 and done:
             break
         for group in optimizer.param_groups:
-            group["lr"] = RATE * group["share"] * (LEAST + 1 - min(1.0, spent))
+            group["lr"] = RATE * (LEAST + 1 - min(1.0, spent))
         batch = _draw(len(images), BATCH, generator)
-        image, feature, truth = augment(images[batch], features[batch], truths[batch], generator)
+        image, changed = augment(images[batch], maps[batch], generator)
         with torch.enable_grad():
-            logits = network(image.contiguous(memory_format=torch.channels_last), feature)
-            loss, dice = loss_and_dice(logits, truth)
+            logits = network(image, changed[:, -1:])
+            loss, dice = loss_and_dice(logits, changed[:, :-1])
             optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -152,16 +145,16 @@ def fit_readings(
         best = max(best, metric)
         if progress is not None and (done % 10 == 0 or done == steps):
             progress(done, steps, best)
-    return network, components, {"steps": done, "train_dice": round(metric, 4), "seed": seed}
+    return network, {"steps": done, "train_dice": round(metric, 4), "seed": seed}
 
 
-def _network(classes: int, components: int, seed: int, start: LearnedHead | None) -> FewShotNet:
+def _network(shares: Tensor, seed: int, start: LearnedHead | None) -> FewShotNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = FewShotNet(classes, components)
+        network = FewShotNet(shares)
     if start is not None:
         network.load_state_dict(start.network.state_dict())
-    return network.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    return network.requires_grad_(True).train()
 
 
 def _draw(count: int, batch: int, generator: torch.Generator) -> Tensor:

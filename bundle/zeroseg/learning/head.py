@@ -21,7 +21,7 @@ from zeroseg.attention.encoding import EncodedImage
 from zeroseg.attention.prepare import prepare
 from zeroseg.errors import WeightsError
 from zeroseg.learning.cases import to_tensor
-from zeroseg.learning.features import Components, Reading, read_encoded, read_prepared
+from zeroseg.learning.inputs import Shown, show_encoded
 from zeroseg.learning.network import FewShotNet
 from zeroseg.learning.store import read_folder, write_folder
 
@@ -70,29 +70,29 @@ def expected_dice(probabilities: np.ndarray) -> float:
 def answer_slices(
     inferer: AttentionSegmentationInferer,
     image: EncodedImage | Tensor | np.ndarray,
-    answer: Callable[[Reading, Tensor], np.ndarray],
+    answer: Callable[[EncodedImage | Tensor], np.ndarray],
 ) -> np.ndarray:
     """Probabilities of an encoding, of an image, or of a volume, whose slices are answered one by one and smoothed along their axis.
 
     Args:
         inferer: reads the images.
         image: an encoding, (C, H, W) or (C, X, Y, Z).
-        answer: what was read of a slice, and its (3, h, w) in [0, 1] -> (L + 1, H, W).
+        answer: an encoding, or (3, H, W) in [0, 1] -> (L + 1, H, W).
 
     Raises:
         ZeroSegError: the image is empty, not finite, or of other dimensions.
     """
     if isinstance(image, EncodedImage):
-        return answer(read_encoded(inferer, image), image.image)
+        return answer(image)
     full = prepare(to_tensor(image))
     if full.ndim == 3:
-        return answer(read_prepared(inferer, full), full)
+        return answer(full)
     axis = inferer.slice_axis % 3 + 1
     parts = full.unbind(axis)
     answers: list[np.ndarray] = []
     for part in tqdm(parts, desc="slices", leave=False, disable=not inferer.progress):
         inferer.pause(len(answers), len(parts))
-        answers.append(answer(read_prepared(inferer, part), part))
+        answers.append(answer(part))
     stack = np.stack(answers, axis)
     return stack if stack.shape[axis] == 1 else ndimage.gaussian_filter1d(stack, SMOOTH, axis, mode="nearest")
 
@@ -109,7 +109,6 @@ class LearnedHead:
     Args:
         inferer: reads the images.
         network: fitted.
-        components: of the features.
         labels: name -> value, ordered by value.
         facts: what a record says beside: shots, slices, steps, seconds, metric, seed.
     """
@@ -118,13 +117,11 @@ class LearnedHead:
         self,
         inferer: AttentionSegmentationInferer,
         network: FewShotNet,
-        components: Components,
         labels: dict[str, int],
         facts: dict[str, Any],
     ):
-        self.inferer, self.components, self.labels, self.facts = inferer, components, labels, facts
-        # In one layout, whether it was fitted or loaded: sums are rounded in its order.
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.inferer, self.labels, self.facts = inferer, labels, facts
+        self.network = network.eval().requires_grad_(False)
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
@@ -135,18 +132,21 @@ class LearnedHead:
         Raises:
             ZeroSegError: the image is empty, not finite, or of other dimensions.
         """
-        shares = answer_slices(self.inferer, image, lambda reading, _: self.probabilities(reading))
-        return decide(shares, self.labels)
+
+        def answer(part: EncodedImage | Tensor) -> np.ndarray:
+            encoded = part if isinstance(part, EncodedImage) else self.inferer.encode_prepared(part)
+            return self.probabilities(show_encoded(self.inferer, encoded))
+
+        return decide(answer_slices(self.inferer, image, answer), self.labels)
 
     @torch.inference_mode()
-    def probabilities(self, reading: Reading) -> np.ndarray:
-        """(L + 1, H, W) float32 of what was read of an image: the mean over its four mirror images."""
-        image, features = reading.image, self.components(reading)
+    def probabilities(self, shown: Shown) -> np.ndarray:
+        """(L + 1, H, W) float32 of what is shown of an image: the mean over its four mirror images."""
         flips: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
-        images = torch.stack([image.flip(f) for f in flips])
-        logits = self.network(images, torch.stack([features.flip(f) for f in flips]))
+        images, foreground = (torch.stack([maps.flip(f) for f in flips]) for maps in (shown.image, shown.foreground))
+        logits = self.network(images, foreground)
         shares = torch.stack([share.flip(f) for share, f in zip(logits.softmax(1), flips, strict=True)]).mean(0)
-        return F.interpolate(shares[None], reading.size, mode="bilinear", align_corners=False)[0].numpy()
+        return F.interpolate(shares[None], shown.size, mode="bilinear", align_corners=False)[0].numpy()
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the head; JSON-serialisable."""
@@ -159,16 +159,12 @@ class LearnedHead:
             ZeroSegError: the folder cannot be written to.
         """
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        tensors |= {"components.mean": self.components.mean, "components.basis": self.components.basis}
         config = {
             "zeroseg": __version__,
             "labels": self.labels,
             "labels_sha256": _labels_sha256(self.labels),
             "belongs_to": _belongs_to(self.inferer),
-            "network": {
-                "classes": self.network.classes,
-                "components": self.network.components,
-            },
+            "network": {"classes": self.network.classes},
             "facts": self.facts,
         }
         write_folder(Path(folder), tensors, config)
@@ -199,20 +195,20 @@ class LearnedHead:
                     )
             if described["classes"] != len(labels) + 1:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
-            network = FewShotNet(described["classes"], described["components"])
-            components = Components(tensors.pop("components.mean"), tensors.pop("components.basis"))
+            network = FewShotNet(described["classes"])
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
             raise
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise WeightsError(f"the head in {folder.name} is not one of this version: learn it again") from error
-        return cls(inferer, network, components, labels, dict(config["facts"]))
+        return cls(inferer, network, labels, dict(config["facts"]))
 
 
 def _belongs_to(inferer: AttentionSegmentationInferer) -> dict[str, Any]:
-    """What a head can only be used with: SHA-256 of the backbone's weights, and every setting that shapes what is read."""
+    """What a head can only be used with: SHA-256 of the backbone's weights, and every setting that shapes what is shown."""
     inferer.check()
-    settings = json.loads(json.dumps(dict(inferer.encoding_key)))
+    shaping = {**dict(inferer.encoding_key), "refine": inferer.refine, "refiner": inferer.refiner}
+    settings = json.loads(json.dumps(shaping))
     return {"backbone": inferer.backbone.describe()["sha256"], **settings}
 
 

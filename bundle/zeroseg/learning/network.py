@@ -1,45 +1,55 @@
-"""The network that learns from a few labelled images: MONAI's ``BasicUNet``, told at its second level what the frozen model sees."""
+"""The network that learns from a few labelled images: MONAI's ``BasicUNet``, which begins at what the frozen model finds without a label."""
 
 from __future__ import annotations
 
+import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
-from zeroseg.interaction.head import WINDOW
+LEAST = 0.0067
+"""Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
 
-GRID = WINDOW // 2
-"""Side of the maps the frozen model's features are brought to: that of the network's second level."""
-COMPONENTS = 32
-"""Principal components kept of the frozen model's features."""
+
+def class_shares(foreground: Tensor, truths: Tensor) -> Tensor:
+    """How often each class is met outside and inside of the frozen model's foreground.
+
+    Args:
+        foreground: (B, 1, S, S) in [0, 1].
+        truths: (B, classes, S, S) shares of the classes.
+
+    Returns:
+        (2, classes), rows sum to 1; first outside. Evenly spread where one of the two is nowhere.
+    """
+    counts = torch.stack([((1 - foreground) * truths).sum((0, 2, 3)), (foreground * truths).sum((0, 2, 3))])
+    counts = counts + LEAST
+    shares = (counts / counts.sum(1, keepdim=True)).clamp_min(LEAST)
+    return shares / shares.sum(1, keepdim=True)
 
 
 class FewShotNet(nn.Module):
-    """Logits of every label from an image and the frozen model's features.
+    """Logits of every label from an image and the frozen model's foreground.
 
-    The features join by one 1 x 1 convolution that starts at zero: at first the network is the plain U-Net, and takes of the frozen
-    model what its labels ask for. Joined at the image's own resolution they made it worse than without.
+    The last layer starts at zero: at first every pixel has the class that is met most where the foreground is, or is not, on the
+    labelled images. So where the frozen model finds the object the network begins there, and where it does not, at what the labels
+    say of any pixel; steps are spent on the difference.
 
     Args:
-        classes: labels and the background.
-        components: channels of the features.
+        shares: (2, classes), of ``class_shares``; or the number of classes, for weights to be loaded.
     """
 
-    def __init__(self, classes: int, components: int = COMPONENTS):
-        super().__init__()
-        self.classes, self.components = classes, components
-        self.unet = BasicUNet(2, 3, classes)
-        self.features = nn.Conv2d(components, self.unet.down_1.convs.conv_1.conv.out_channels, 1)
-        nn.init.zeros_(self.features.weight)
-        nn.init.zeros_(self.features.bias)
+    prior: Tensor
 
-    def forward(self, image: Tensor, features: Tensor) -> Tensor:
-        """(B, 3, S, S) in [0, 1] and (B, components, S / 2, S / 2) -> logits (B, classes, S, S)."""
-        net = self.unet
-        levels = [net.conv_0(image)]
-        levels.append(net.down_1(levels[-1]) + self.features(features))
-        for down in (net.down_2, net.down_3, net.down_4):
-            levels.append(down(levels[-1]))
-        x: Tensor = levels.pop()
-        for up in (net.upcat_4, net.upcat_3, net.upcat_2, net.upcat_1):
-            x = up(x, levels.pop())
-        return net.final_conv(x)
+    def __init__(self, shares: Tensor | int):
+        super().__init__()
+        if isinstance(shares, int):
+            shares = torch.full((2, shares), 1 / shares)
+        self.classes = shares.shape[1]
+        self.unet = BasicUNet(2, 4, self.classes)
+        nn.init.zeros_(self.unet.final_conv.weight)
+        nn.init.zeros_(self.unet.final_conv.bias)
+        self.register_buffer("prior", shares.log())
+
+    def forward(self, image: Tensor, foreground: Tensor) -> Tensor:
+        """(B, 3, S, S) and (B, 1, S, S), both in [0, 1] -> logits (B, classes, S, S)."""
+        outside, inside = self.prior[:, None, :, None, None]
+        return self.unet(torch.cat([image, foreground], 1)) + outside.lerp(inside, foreground)
