@@ -1,4 +1,4 @@
-"""Learning from a few labelled images, on the features of a frozen diffusion model.
+"""Learning from a few labelled images, beside a frozen diffusion model.
 
     head = fit([Case(image, label), ...], inferer, labels={"lesion": 1})
     head.predict(other_image).label_map

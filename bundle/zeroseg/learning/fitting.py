@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 300, 2
 """Steps at most, and images in each."""
-RATE, LEAST, DECAY = 1e-3, 1e-2, 1e-2
+RATE, LEAST, DECAY = 2e-3, 1e-2, 1e-2
 """Learning rate, which falls on a line, the share of it that is left in the end, and weight decay."""
 
 

@@ -6,6 +6,8 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
+WIDTHS = (16, 16, 32, 64, 128, 16)
+"""Channels of the levels, half of ``BasicUNet``'s own: in the same time it makes almost three times as many steps."""
 LEAST = 0.0067
 """Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
 
@@ -44,7 +46,7 @@ class FewShotNet(nn.Module):
         if isinstance(shares, int):
             shares = torch.full((2, shares), 1 / shares)
         self.classes = shares.shape[1]
-        self.unet = BasicUNet(2, 4, self.classes)
+        self.unet = BasicUNet(2, 4, self.classes, features=WIDTHS)
         nn.init.zeros_(self.unet.final_conv.weight)
         nn.init.zeros_(self.unet.final_conv.bias)
         self.register_buffer("prior", shares.log())
