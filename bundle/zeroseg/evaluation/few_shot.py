@@ -37,7 +37,7 @@ from zeroseg.learning.exemplar import Exemplar
 from zeroseg.learning.features import Reading, read_encoded
 from zeroseg.learning.fitting import BATCH, fit_shown, loss_and_dice, shares
 from zeroseg.learning.head import LearnedHead, expected_dice
-from zeroseg.learning.inputs import Shown, show, squeeze
+from zeroseg.learning.inputs import Shown, squeeze
 
 COLUMNS = ("set", "seed", "shots", "method", "case", "dice", "expected_dice")
 NEIGHBOURS, SAMPLED = 15, 4000
@@ -66,7 +66,7 @@ class ReadSample:
     @property
     def shown(self) -> Shown:
         """What the network that learns is shown of it."""
-        return show(self.guide, torch.from_numpy(self.auto), self.reading.size)
+        return Shown(self.reading.image, squeeze(torch.from_numpy(self.auto)[None]), self.reading.size)
 
     @property
     def classes(self) -> Tensor:

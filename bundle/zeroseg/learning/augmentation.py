@@ -33,13 +33,11 @@ def augment(images: Tensor, maps: Tensor, generator: torch.Generator) -> tuple[T
         torch.stack([cosine * stretch * mirror[0], -sine * mirror[1], uniform(SHIFT)], -1),
         torch.stack([sine * mirror[0], cosine / stretch * mirror[1], uniform(SHIFT)], -1),
     )
-    affine = torch.stack(rows, 1)
-
-    def warp(values: Tensor) -> Tensor:
-        grid = F.affine_grid(affine, [count, 1, *values.shape[-2:]], align_corners=False)
-        return F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-    images, maps = warp(images), warp(maps)
+    grid = F.affine_grid(torch.stack(rows, 1), [count, 1, *images.shape[-2:]], align_corners=False)
+    images, maps = (
+        F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        for values in (images, maps)
+    )
     images = images.clamp(0, 1) ** uniform(GAMMA, 1, 1, 1).exp()
     images = (images - 0.5) * uniform(GAIN, 1, 1, 1).exp() + 0.5 + uniform(OFFSET, 1, 1, 1) + uniform(TINT, 3, 1, 1)
     return images, maps

@@ -195,7 +195,8 @@ class LearnedHead:
                     )
             if described["classes"] != len(labels) + 1:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
-            network = FewShotNet(described["classes"])
+            # What it begins at is loaded with the weights.
+            network = FewShotNet(torch.ones(2, described["classes"]))
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
             raise

@@ -36,12 +36,7 @@ def squeeze(maps: Tensor) -> Tensor:
     return F.interpolate(maps[None].float(), (WINDOW, WINDOW), mode="bilinear", antialias=True)[0]
 
 
-def show(image: Tensor, foreground: Tensor, size: tuple[int, int]) -> Shown:
-    """Of (3, h, w) in [0, 1] and (H, W) bool."""
-    return Shown(squeeze(image).cpu(), squeeze(foreground[None]), size)
-
-
 def show_encoded(inferer: AttentionSegmentationInferer, encoded: EncodedImage) -> Shown:
     """Of an encoded image; the backbone does not run again."""
     found = inferer.predict(encoded, "auto").labels > 0
-    return show(encoded.image, torch.from_numpy(found), encoded.size)
+    return Shown(squeeze(encoded.image).cpu(), squeeze(torch.from_numpy(found)[None]), encoded.size)

@@ -36,15 +36,13 @@ class FewShotNet(nn.Module):
     say of any pixel; steps are spent on the difference.
 
     Args:
-        shares: (2, classes), of ``class_shares``; or the number of classes, for weights to be loaded.
+        shares: (2, classes), of ``class_shares``.
     """
 
     prior: Tensor
 
-    def __init__(self, shares: Tensor | int):
+    def __init__(self, shares: Tensor):
         super().__init__()
-        if isinstance(shares, int):
-            shares = torch.full((2, shares), 1 / shares)
         self.classes = shares.shape[1]
         self.unet = BasicUNet(2, 4, self.classes, features=WIDTHS)
         nn.init.zeros_(self.unet.final_conv.weight)
