@@ -19,18 +19,38 @@ OWNER = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 def evidence(*relevance: float, certainty: float = 5.0) -> TextEvidence:
-    return TextEvidence(torch.tensor(relevance), 0.1, certainty)
+    return TextEvidence(torch.tensor(relevance, dtype=torch.float32), 0.1, certainty)
 
 
 def name(nouns, found, least=0.0, meanings=None):
-    return name_segments(nouns, meanings or [Meaning(n) for n in nouns], found, OWNER, 3, least)
+    places = [None if e is None else e.relevance > 0 for e in found]
+    return name_segments(nouns, meanings or [Meaning(n) for n in nouns], found, places, OWNER, 3, least)
 
 
 def test_nouns_compete_for_each_segment():
     naming = name(("cell", "lung"), [evidence(2, 2, 1, 1, -3, -3), evidence(-1, 1, 2, 2, -3, -3)])
     assert naming.group.tolist() == [0, 1, 2], "the third fits neither: it keeps an index of its own"
     assert naming.groups == 3 and naming.named == 2 and naming.notes == []
-    assert naming.entries[0]["share"] > 0.7
+    assert naming.entries[0]["share"] == 1
+
+
+def test_of_two_that_stand_out_alike_the_surer_one_names():
+    naming = name(
+        ("liver", "brain"), [evidence(1, 1, -1, -1, -1, -1, certainty=1), evidence(1, 1, -1, -1, -1, -1, certainty=3)]
+    )
+    assert naming.group.tolist() == [1, 2, 3]
+
+
+def test_a_segment_of_which_less_than_half_is_there_stays_nameless():
+    naming = name(("cell",), [evidence(3, -1, 2, 2, -3, -3)])
+    assert naming.group.tolist() == [1, 0, 2]
+
+
+def test_a_kind_of_image_names_no_segment():
+    nowhere = evidence(*[-0.5] * 6)
+    places = [torch.ones(6, dtype=torch.bool)]
+    naming = name_segments(("chest x-ray",), [Meaning("chest x-ray")], [nowhere], places, OWNER, 3, 0.0)
+    assert naming.group.tolist() == [1, 2, 3] and not naming.entries[0]["absent"]
 
 
 def test_background_names_the_rest():
@@ -40,7 +60,7 @@ def test_background_names_the_rest():
 
 
 def test_an_absent_noun_names_nothing_however_well_it_fits():
-    naming = name(("cell", "lung"), [evidence(9, 9, 9, 9, 9, 9, certainty=-1), evidence(1, 1, -0.5, -0.5, -1, -1)])
+    naming = name(("cell", "lung"), [evidence(9, 9, 9, 9, 9, 8, certainty=-1), evidence(1, 1, -0.5, -0.5, -1, -1)])
     assert naming.group.tolist() == [1, 2, 3] and naming.entries[0]["absent"]
     assert naming.notes == ["'cell' is absent and names nothing"]
 

@@ -278,7 +278,15 @@ class AttentionSegmentationInferer(Inferer):
                 None if m.text is None or p else self._evidence(encoded, m.text)
                 for m, p in zip(meanings, plain, strict=True)
             ]
-        return name_segments(nouns, meanings, evidence, owner, count, self.text_certainty)
+            grid = encoded.side, encoded.side
+            places = [
+                None
+                if e is None
+                else torch.from_numpy(rules.split(self._placed(encoded, e).view(grid).cpu().numpy())[0])
+                for e in evidence
+            ]
+        places = [None if p is None else p.flatten() for p in places]
+        return name_segments(nouns, meanings, evidence, places, owner, count, self.text_certainty)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
         if self.refiner == "rules" and prompts.mask is None and not prompts.shows_object:
@@ -349,11 +357,16 @@ class AttentionSegmentationInferer(Inferer):
             notes = meaning.notes(prompts.text)
             return Segmentation(empty, confidence, [], "text", True, seconds, details, prompts.text, reason, notes)
         with timed(seconds, "select"):
-            salience = standardise(encoded.salience)
-            relevance = standardise(evidence.relevance).to(salience.device) + SALIENCE * salience
+            relevance = self._placed(encoded, evidence)
         result = self._split(encoded, relevance, prompts, seconds, None, details)
         result.notes += meaning.notes(prompts.text)
         return result
+
+    @staticmethod
+    def _placed(encoded: EncodedImage, evidence: TextEvidence) -> Tensor:
+        """(N,) how much every token is a part of what was named: what is said of it, and how it stands out."""
+        salience = standardise(encoded.salience)
+        return standardise(evidence.relevance).to(salience.device) + SALIENCE * salience
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
         """Latents of the image at ``text_resolution``."""

@@ -1,8 +1,8 @@
 """Names for segments: an open-vocabulary label map from a list of nouns.
 
-A segment's score for a noun is the noun's evidence (``TextProbe``: contrast with the null prompt) averaged over the segment. The nouns of
-one list and "none", whose score is 0, the mean of every noun's evidence, compete by a softmax. A noun that fails the test of presence
-names nothing, whatever its scores.
+Where a noun is, is what the rule ``text`` would answer: the merge proposes the objects, words name them. A segment of which more than half
+lies there may bear its name; of several such nouns that one is taken whose own evidence stands out most in the segment and of which the image
+is surest. A noun that fails the test of presence names nothing, whatever its evidence.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zeroseg.interaction.text import TextEvidence
+from zeroseg.interaction.text import TextEvidence, standardise
 from zeroseg.interaction.vocabulary import Meaning
 
 BACKGROUND = "background"
 """The noun that stands for "none": it names what no other noun fits."""
+
+
+SURENESS, MOST_SURE = 0.25, 4.0
+"""Weight of a noun's certainty, cut off at the second number, beside how its evidence stands out in a segment, in standard deviations.
+Chosen on development images."""
 
 
 @dataclass
@@ -54,6 +59,7 @@ def name_segments(
     nouns: tuple[str, ...],
     meanings: Sequence[Meaning],
     evidence: Sequence[TextEvidence | None],
+    places: Sequence[Tensor | None],
     owner: Tensor,
     count: int,
     least_certainty: float,
@@ -64,20 +70,30 @@ def name_segments(
         nouns: as given.
         meanings: what each is taken for.
         evidence: for each, on the grid of ``owner``; None for ``background`` and for words that are not known.
+        places: for each with evidence, (N,) bool, where the thing would be.
         owner: (N,) the segment of each token, 0..count-1.
         count: number of segments.
         least_certainty: t-value of the evidence below which a noun is absent.
     """
     tokens = torch.bincount(owner, minlength=count).clamp_min(1)
-    scores = torch.full((count, len(nouns) + 1), -torch.inf, device=owner.device)
-    scores[:, -1] = 0
+
+    def mean(values: Tensor) -> Tensor:
+        """(N,) -> (count,) over each segment."""
+        values = values.to(owner.device, torch.float32)
+        return values.new_zeros(count).index_add(0, owner, values) / tokens
+
+    shares = torch.zeros(count, len(nouns) + 1, device=owner.device)
+    scores = torch.full_like(shares, -torch.inf)
+    scores[:, -1] = torch.finfo(scores.dtype).min
     present = [e is not None and e.certainty >= least_certainty for e in evidence]
-    for k, found in enumerate(evidence):
-        if found is not None and present[k]:
-            relevance = found.relevance.to(scores.device, scores.dtype)
-            scores[:, k] = scores.new_zeros(count).index_add(0, owner, relevance) / tokens
-    shares = scores.softmax(1)
-    best = shares.argmax(1)
+    for k, (found, place) in enumerate(zip(evidence, places, strict=True)):
+        # A kind of image, such as "chest x-ray", is nowhere in particular.
+        if found is not None and place is not None and present[k] and found.relevance.min() < found.relevance.max():
+            shares[:, k] = mean(place)
+            fits = shares[:, k] > 0.5
+            sure = min(max(found.certainty, -MOST_SURE), MOST_SURE)
+            scores[fits, k] = mean(standardise(found.relevance))[fits] + SURENESS * sure
+    best = scores.argmax(1)
     nameless = (best == len(nouns)).nonzero()[:, 0]
     background = next((k for k, noun in enumerate(nouns) if noun.casefold() == BACKGROUND), None)
     group = best.clone()
