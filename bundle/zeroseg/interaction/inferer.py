@@ -278,14 +278,7 @@ class AttentionSegmentationInferer(Inferer):
                 None if m.text is None or p else self._evidence(encoded, m.text)
                 for m, p in zip(meanings, plain, strict=True)
             ]
-            grid = encoded.side, encoded.side
-            places = [
-                None
-                if e is None
-                else torch.from_numpy(rules.split(self._placed(encoded, e).view(grid).cpu().numpy())[0])
-                for e in evidence
-            ]
-        places = [None if p is None else p.flatten() for p in places]
+            places = [None if e is None else self._where(encoded, e) for e in evidence]
         return name_segments(nouns, meanings, evidence, places, owner, count, self.text_certainty)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
@@ -367,6 +360,11 @@ class AttentionSegmentationInferer(Inferer):
         """(N,) how much every token is a part of what was named: what is said of it, and how it stands out."""
         salience = standardise(encoded.salience)
         return standardise(evidence.relevance).to(salience.device) + SALIENCE * salience
+
+    def _where(self, encoded: EncodedImage, evidence: TextEvidence) -> Tensor:
+        """(N,) bool, which tokens are a part of what was named, whether or not it is there."""
+        relevance = self._placed(encoded, evidence).view(encoded.side, encoded.side)
+        return torch.from_numpy(rules.split(relevance.cpu().numpy())[0]).flatten()
 
     def _text_latents(self, encoded: EncodedImage) -> Tensor:
         """Latents of the image at ``text_resolution``."""

@@ -2,7 +2,7 @@
 
 Where a noun is, is what the rule ``text`` would answer: the merge proposes the objects, words name them. A segment of which more than half
 lies there may bear its name; of several such nouns that one is taken whose own evidence stands out most in the segment and of which the image
-is surest. A noun that fails the test of presence names nothing, whatever its evidence.
+is surest. A noun that fails the test of presence names nothing, whatever its evidence, and neither does a kind of image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from zeroseg.interaction.vocabulary import Meaning
 
 BACKGROUND = "background"
 """The noun that stands for "none": it names what no other noun fits."""
-
-
 SURENESS, MOST_SURE = 0.25, 4.0
 """Weight of a noun's certainty, cut off at the second number, beside how its evidence stands out in a segment, in standard deviations.
 Chosen on development images."""
