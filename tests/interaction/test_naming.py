@@ -23,8 +23,8 @@ def evidence(*relevance: float, certainty: float = 5.0) -> TextEvidence:
 
 
 def name(nouns, found, least=0.0, meanings=None):
-    places = [None if e is None else e.relevance > 0 for e in found]
-    return name_segments(nouns, meanings or [Meaning(n) for n in nouns], found, places, OWNER, 3, least)
+    meanings = meanings or [Meaning(n) for n in nouns]
+    return name_segments(nouns, meanings, found, lambda e: e.relevance > 0, OWNER, 3, least)
 
 
 def test_nouns_compete_for_each_segment():
@@ -48,8 +48,8 @@ def test_a_segment_of_which_less_than_half_is_there_stays_nameless():
 
 def test_a_kind_of_image_names_no_segment():
     nowhere = evidence(*[-0.5] * 6)
-    places = [torch.ones(6, dtype=torch.bool)]
-    naming = name_segments(("chest x-ray",), [Meaning("chest x-ray")], [nowhere], places, OWNER, 3, 0.0)
+    everywhere = torch.ones(6, dtype=torch.bool)
+    naming = name_segments(("chest x-ray",), [Meaning("chest x-ray")], [nowhere], lambda e: everywhere, OWNER, 3, 0.0)
     assert naming.group.tolist() == [1, 2, 3] and not naming.entries[0]["absent"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -278,8 +279,8 @@ class AttentionSegmentationInferer(Inferer):
                 None if m.text is None or p else self._evidence(encoded, m.text)
                 for m, p in zip(meanings, plain, strict=True)
             ]
-            places = [None if e is None else self._where(encoded, e) for e in evidence]
-        return name_segments(nouns, meanings, evidence, places, owner, count, self.text_certainty)
+            where = partial(self._where, encoded)
+            return name_segments(nouns, meanings, evidence, where, owner, count, self.text_certainty)
 
     def _points(self, encoded: EncodedImage, prompts: Prompts, seconds: dict[str, float]) -> Segmentation:
         if self.refiner == "rules" and prompts.mask is None and not prompts.shows_object:

@@ -7,7 +7,7 @@ is surest. A noun that fails the test of presence names nothing, whatever its ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ def name_segments(
     nouns: tuple[str, ...],
     meanings: Sequence[Meaning],
     evidence: Sequence[TextEvidence | None],
-    places: Sequence[Tensor | None],
+    where: Callable[[TextEvidence], Tensor],
     owner: Tensor,
     count: int,
     least_certainty: float,
@@ -68,7 +68,7 @@ def name_segments(
         nouns: as given.
         meanings: what each is taken for.
         evidence: for each, on the grid of ``owner``; None for ``background`` and for words that are not known.
-        places: for each with evidence, (N,) bool, where the thing would be.
+        where: evidence -> (N,) bool, where the thing would be; asked only for nouns that are present and somewhere.
         owner: (N,) the segment of each token, 0..count-1.
         count: number of segments.
         least_certainty: t-value of the evidence below which a noun is absent.
@@ -80,18 +80,18 @@ def name_segments(
         values = values.to(owner.device, torch.float32)
         return values.new_zeros(count).index_add(0, owner, values) / tokens
 
-    shares = torch.zeros(count, len(nouns) + 1, device=owner.device)
+    shares = torch.zeros(count, len(nouns), device=owner.device)
     scores = torch.full_like(shares, -torch.inf)
-    scores[:, -1] = torch.finfo(scores.dtype).min
     present = [e is not None and e.certainty >= least_certainty for e in evidence]
-    for k, (found, place) in enumerate(zip(evidence, places, strict=True)):
+    for k, found in enumerate(evidence):
         # A kind of image, such as "chest x-ray", is nowhere in particular.
-        if found is not None and place is not None and present[k] and found.relevance.min() < found.relevance.max():
-            shares[:, k] = mean(place)
+        if found is not None and present[k] and found.relevance.min() < found.relevance.max():
+            shares[:, k] = mean(where(found))
             fits = shares[:, k] > 0.5
             sure = min(max(found.certainty, -MOST_SURE), MOST_SURE)
             scores[fits, k] = mean(standardise(found.relevance))[fits] + SURENESS * sure
     best = scores.argmax(1)
+    best[scores.isneginf().all(1)] = len(nouns)
     nameless = (best == len(nouns)).nonzero()[:, 0]
     background = next((k for k, noun in enumerate(nouns) if noun.casefold() == BACKGROUND), None)
     group = best.clone()
