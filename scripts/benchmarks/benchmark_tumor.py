@@ -141,7 +141,10 @@ def measure_training(backbone: MaisiBackbone, size: int, clock: str = "wall") ->
         rows: list[list[int]] = [[], list(range(len(samples.cases)))]
         draw = partial(trainer._voxel_step, samples, rows)
         measured(figures, "voxel_step", lambda: phase("voxels", VOXEL_STEPS, draw), backbone.device, clock, VOXEL_STEPS)
-        whole = partial(trainer._volume_step, [[], trainer.cases])
+
+        def whole(rng: np.random.Generator) -> dict:
+            return trainer._terms(trainer.read_step([[], trainer.cases], rng), rng)
+
         measured(figures, "volume_step", lambda: phase("volumes", 1, whole), backbone.device, clock)
         figures["reading"]["crop_voxels"] = trainer.reader.crop
         figures["voxel_step"]["parameters"] = sum(p.numel() for p in trainer.adapters.parameters())

@@ -36,6 +36,7 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from monai.utils.enums import MetaKeys, SpaceKeys, TraceKeys
 from torch import Tensor, nn
 
+from zeroseg.backbones.convolution import use_onednn
 from zeroseg.backbones.frozen import DTYPES, FrozenModel
 from zeroseg.backbones.weights import (
     EMBEDDED,
@@ -417,6 +418,7 @@ class MaisiBackbone(FrozenModel):
             network = build(self._on_this_device())
         except (RuntimeError, ValueError, TypeError) as error:
             raise WeightsError(f"the {part} of {self.name} does not fit its config: {first_line(error)}") from error
+        use_onednn(network)
         if state is None or self.untrained:
             return network.to(self.device).eval().requires_grad_(False)
         return fill(network, state, f"the {part} of {self.name}", device=self.device)

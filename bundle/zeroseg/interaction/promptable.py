@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from zeroseg.attention import EncodedImage, rules
 from zeroseg.attention.readout import Readout
+from zeroseg.backbones.convolution import use_onednn
 from zeroseg.backbones.weights import MODELS, verify_sums
 from zeroseg.errors import WeightsError, first_line
 from zeroseg.interaction.clicks import pixel_of, resized
@@ -116,7 +117,12 @@ def load_head(folder: Path = MODELS / "interaction", network: type[nn.Module] = 
             f"cannot load the promptable head in {folder.name}: {first_line(error)}; or use refiner rules"
         ) from error
     flat = network is PromptHead
-    return head.eval().requires_grad_(False).to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    return (
+        use_onednn(head)
+        .eval()
+        .requires_grad_(False)
+        .to(memory_format=torch.channels_last if flat else torch.channels_last_3d)
+    )
 
 
 def answer_by_head(

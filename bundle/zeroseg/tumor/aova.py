@@ -14,6 +14,7 @@ import torch
 from monai.data.utils import compute_importance_map
 from torch import Tensor
 
+from zeroseg.backbones.convolution import use_onednn
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_SETS, verify_sums
 from zeroseg.errors import WeightsError, first_line
@@ -250,7 +251,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
         )
     adapters.fusion, adapters.presence = config.get("fusion"), config.get("presence")
     adapters.sha256 = file_sha256(path)
-    return adapters.eval().requires_grad_(False)
+    return use_onednn(adapters).eval().requires_grad_(False)
 
 
 def _voxels(place: Slices) -> int:

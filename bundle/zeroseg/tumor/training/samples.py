@@ -26,6 +26,8 @@ CROP_MM = 144.0
 """Side of what is trained on at once: 48 voxels of the embedded model."""
 KEPT_BYTES = 2**31
 """Of volumes that are read once and kept."""
+OTHER_SEQUENCE = 0.25
+"""Share of MR readings whose tissues change places in brightness."""
 
 
 @dataclass
@@ -57,7 +59,8 @@ class VoxelSamples:
 
 def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
     """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise; the highest value
-    stays the bound, 1 or that of MR which is not clipped."""
+    stays the bound, 1 or that of MR which is not clipped. One MR in four gets another sequence's look: its values pass through a random
+    curve from zero on, which may fall."""
     most = max(1.0, float(volume.max()))
     order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
     flips = [axis for axis in range(3) if rng.random() < 0.5]
@@ -67,8 +70,18 @@ def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality
     gamma = float(np.exp(strength * rng.uniform(-0.3, 0.3)))
     gain, offset = 1 + strength * rng.uniform(-0.12, 0.12), strength * rng.uniform(-0.04, 0.04)
     noise = torch.from_numpy(rng.standard_normal(volume.shape).astype(np.float32)) * float(rng.uniform(0, 0.025))
+    if modality == "mr" and rng.random() < OTHER_SEQUENCE:
+        curve = np.concatenate([[0], rng.uniform(0.1, 1, 5)]) if rng.random() < 0.5 else _rising(rng)
+        places = np.linspace(0, 1, len(curve))
+        volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve * most).astype(np.float32))
     changed = (volume.clamp_min(0) ** gamma * gain + offset + noise).clamp(0, most)
     return changed[None, None].contiguous(), target.contiguous()
+
+
+def _rising(rng: np.random.Generator) -> np.ndarray:
+    """A curve's values from 0 to 1."""
+    steps = np.cumsum(np.concatenate([[0], rng.uniform(0.1, 1, 5)]))
+    return steps / steps[-1]
 
 
 def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +110,7 @@ class Sampling:
             ``size_multiple``. None: that which is nearest to 144 mm.
         grown: chance that a lesion is grown into a real volume, see :mod:`lesions`.
         scales: between which the working spacing is drawn, as shares of the backbone's.
-        readers: processes that read volumes for the first phase side by side; 0: this one, as a GPU needs it.
+        readers: processes that read volumes beside this one; 0: this one does, as a GPU needs it.
     """
 
     voxels: int = 500

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from zeroseg.backbones.maisi import MaisiBackbone
@@ -155,7 +156,9 @@ class AdapterTrainer:
             self.calibrate()
             pools = phantoms_and_real(self.cases)
             rate = schedule.lr / 10 if schedule.steps else schedule.lr
-            self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._volume_step(pools, rng))
+            steps = _Steps(self, pools, state["volumes"], schedule.volume_steps)
+            read = iter(DataLoader(steps, batch_size=None, num_workers=self.reader.sampling.readers))
+            self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._terms(next(read), rng))
         if schedule.volume_steps:
             self.adapters.load_state_dict(self.average.module.state_dict())
 
@@ -233,29 +236,36 @@ class AdapterTrainer:
         rows = [self._draw(pools, rng) for _ in range(self.schedule.volumes)]
         return voxel_terms(self.adapters, self.questions, samples, rows, rng)
 
-    def _volume_step(self, pools: list[list], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The mean terms of ``batch`` whole volumes, read anew and augmented."""
-        total: dict[str, Tensor] = {}
-        for _ in range(self.schedule.batch):
-            terms = self._terms(self.reader.read(self._draw(pools, rng), rng), rng)
-            total = {name: total.get(name, 0) + term / self.schedule.batch for name, term in terms.items()}
-        return total
+    def read_step(self, pools: list[list], rng: np.random.Generator) -> list[Example]:
+        """What a step of the second phase looks at: ``batch`` volumes, read anew and augmented."""
+        return [self.reader.read(self._draw(pools, rng), rng) for _ in range(self.schedule.batch)]
 
-    def _terms(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The mean terms of ``QUESTIONS`` about one volume, which is adapted once."""
+    def _terms(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The mean terms of ``QUESTIONS`` about each volume, which is adapted once, beside those of its shape."""
         device = self.backbone.device
         total: dict[str, Tensor] = {}
-        adapted = self.adapters.adapt([f.to(device, torch.float32) for f in example.features])
-        for _ in range(QUESTIONS):
-            organ, tumor, fits = self.questions.draw(rng, example.case)
-            prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
-            target = example.target if fits else torch.zeros_like(example.target)
-            output = self.adapters.attend(adapted, prompts.to(device), roles, example.voxel_ml)
-            for name in ("margin", "image_logit", "pooled"):
-                setattr(output, name, getattr(output, name).float())
-            for name, term in volume_terms(output, prompts.to(device), roles, target.to(device)).items():
-                total[name] = total.get(name, term.new_zeros(())) + term / QUESTIONS
+        shapes: dict[tuple[int, ...], list[Example]] = {}
+        for example in examples:
+            shapes.setdefault(tuple(example.target.shape), []).append(example)
+        for alike in shapes.values():
+            features = [[f.to(device, torch.float32) for f in example.features] for example in alike]
+            for example, adapted in zip(alike, self.adapters.adapt_many(features), strict=True):
+                for _ in range(QUESTIONS):
+                    for name, term in self._answer(example, adapted, rng).items():
+                        share = term / (QUESTIONS * len(examples))
+                        total[name] = total.get(name, term.new_zeros(())) + share
         return total
+
+    def _answer(self, example: Example, adapted: Sequence[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        """The terms of one question about one volume."""
+        device = self.backbone.device
+        organ, tumor, fits = self.questions.draw(rng, example.case)
+        prompts, roles = self.questions.embed(organ, tumor, example.case.modality)
+        target = example.target if fits else torch.zeros_like(example.target)
+        output = self.adapters.attend(adapted, prompts.to(device), roles, example.voxel_ml)
+        for name in ("margin", "image_logit", "pooled"):
+            setattr(output, name, getattr(output, name).float())
+        return volume_terms(output, prompts.to(device), roles, target.to(device))
 
     def save(self, measured: Mapping[str, float] | None = None) -> dict:
         """Write adapters, config entries, record and sums; returns the record.
@@ -308,6 +318,20 @@ class AdapterTrainer:
             "text_encoder": self.encoder.fingerprint,
             "loss": self.log[:: max(1, len(self.log) // 60)],
         }
+
+
+class _Steps(Dataset):
+    """What the steps of the second phase look at, by the step's number less ``first``: the same whoever reads it."""
+
+    def __init__(self, trainer: AdapterTrainer, pools: list[list], first: int, last: int):
+        self.trainer, self.pools, self.first, self.last = trainer, pools, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> list[Example]:
+        rng = np.random.default_rng([self.trainer.seed, self.first + index])
+        return self.trainer.read_step(self.pools, rng)
 
 
 def _read_json(path: Path) -> dict:
