@@ -189,6 +189,16 @@ def test_a_unet_may_be_the_adapter_of_all_stages(features, prompts):
     assert torch.equal(again(features, prompts).margin, output.margin)
 
 
+@pytest.mark.parametrize("deeper", [(), (10, 12)], ids=["layers", "unet"])
+def test_volumes_of_one_shape_are_adapted_at_once(features, deeper):
+    net = adapters(alpha=0.5, deeper=deeper).eval()
+    other = [f.flip(2) for f in features]
+    together = net.adapt_many([features, other])
+    for found, alone in zip(together, (net.adapt(features), net.adapt(other)), strict=True):
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_the_unet_looks_further_than_a_voxel(features):
     net = adapters(alpha=1.0, deeper=(10, 12)).eval()
     changed = [f.clone() for f in features]

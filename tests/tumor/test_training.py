@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -34,6 +35,7 @@ from zeroseg.tumor.training import (
     refuse_held_out,
     volume_terms,
 )
+from zeroseg.tumor.training.samples import augmented
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
 
@@ -142,6 +144,29 @@ def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_pat
     assert left.stem not in record["adapters"]["real"] and left.stem not in record["fusion"]["real"]
     assert record["fusion"]["left_out_dice"].keys() == {left.stem}
     assert 0 <= record["fusion"]["left_out_dice"][left.stem] <= 1
+
+
+def test_another_process_reads_the_same(model, material, tmp_path):
+    runs = [trainer(model, material, tmp_path / str(readers), steps=0) for readers in (0, 1)]
+    runs[1].reader.sampling = replace(runs[1].reader.sampling, readers=1)
+    for run in runs:
+        run.train()
+    expected = runs[0].adapters.state_dict()
+    assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in runs[1].adapters.state_dict().items())
+
+
+@pytest.mark.parametrize("modality", ["ct", "mr", "pet"])
+def test_a_reading_stays_in_its_range_and_one_mr_in_four_looks_like_another_sequence(modality):
+    volume = torch.linspace(0, 1, 8**3).reshape(1, 1, 8, 8, 8)
+    target = volume[0, 0] > 0.9
+    falling = 0
+    for seed in range(40):
+        changed, moved = augmented(volume, target, np.random.default_rng(seed), modality)
+        assert changed.shape == volume.shape and moved.sum() == target.sum() and changed.dtype == torch.float32
+        assert float(changed.min()) >= 0 and float(changed.max()) <= 1
+        inside, outside = changed[0, 0][moved].mean(), changed[0, 0][~moved].mean()
+        falling += bool(inside < outside)
+    assert falling > 0 if modality == "mr" else falling == 0
 
 
 def test_a_unet_trains_on_whole_volumes_with_grown_lesions(model, material, tmp_path):
