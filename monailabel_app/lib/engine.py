@@ -98,11 +98,15 @@ class Engine:
             count = entry.image.shape[axis]
             if not 0 <= only_slice < count:
                 raise ZeroSegError(f"slice {only_slice} lies outside the volume: 0..{count - 1}")
-            found = head.predict(self.inferer.encode_prepared(entry.prepared.select(axis + 1, only_slice)))
             labels = np.zeros(entry.image.shape, np.uint8)
             confidence = np.ones(entry.image.shape, np.float32)
             at = (slice(None),) * axis + (only_slice,)
-            labels[at], confidence[at] = found.label_map, found.certainty
+            if head.of_volumes:
+                found = head.predict(entry.unprepared)
+                labels[at], confidence[at] = found.label_map[at], found.certainty[at]
+            else:
+                found = head.predict(self.inferer.encode_prepared(entry.prepared.select(axis + 1, only_slice)))
+                labels[at], confidence[at] = found.label_map, found.certainty
         values = range(1, int(labels.max()) + 1)
         scores = [float(confidence[labels == k].mean()) if (labels == k).any() else 0.0 for k in values]
         details = {"expected_dice": round(found.confidence, 4)}

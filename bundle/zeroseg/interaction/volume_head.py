@@ -51,14 +51,14 @@ class _Residual(nn.Module):
         return F.relu(x + self.second_norm(self.second(y)))
 
 
-def _fold(x: Tensor) -> Tensor:
+def fold(x: Tensor) -> Tensor:
     """(B, C, 2d, 2h, 2w) -> (B, 8C, d, h, w)."""
     b, c, d, h, w = x.shape
     x = x.view(b, c, d // 2, 2, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return x.reshape(b, 8 * c, d // 2, h // 2, w // 2)
 
 
-def _unfold(x: Tensor) -> Tensor:
+def unfold(x: Tensor) -> Tensor:
     """(B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w)."""
     b, c, d, h, w = x.shape
     x = x.view(b, c // 8, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -90,7 +90,7 @@ class VolumeHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 9, CELLS, CELLS, CELLS) -> logits (B, 3, CELLS, CELLS, CELLS), smallest mask first, and logits of their IoU (B, 3)."""
-        x = self.stem(_fold(x).contiguous(memory_format=torch.channels_last_3d))
+        x = self.stem(fold(x).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for level, encoder in enumerate(self.encoders):
             x = encoder(x if level == 0 else F.relu(self.down[level - 1](x)))
@@ -100,7 +100,7 @@ class VolumeHead(nn.Module):
         for level in reversed(range(len(self.decoders))):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest") + skips[level]
             x = self.decoders[level](x)
-        raw = _unfold(self.masks(x).contiguous())
+        raw = unfold(self.masks(x).contiguous())
         # Nested by construction: each further candidate adds a non-negative amount.
         logits = torch.cat([raw[:, :1], raw[:, :1] + F.softplus(raw[:, 1:]).cumsum(1)], 1)
         return logits, self._estimate(logits, x, pooled)

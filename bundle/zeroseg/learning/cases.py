@@ -1,4 +1,4 @@
-"""Labelled images as they are given, and the slices that are learned from."""
+"""Labelled images as they are given, and the slices and volumes that are learned from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zeroseg.attention.prepare import prepare
 from zeroseg.errors import ZeroSegError
+from zeroseg.learning.volumes import is_volume
 
 MOST_SLICES = 24
 """Slices read of all volumes together: each takes a pass of the frozen model."""
@@ -32,12 +33,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class LabelledSlice:
-    """A 2-D image to learn from.
+class Labelled:
+    """An image, or a volume, to learn from.
 
     Attributes:
-        image: (3, H, W) in [0, 1].
-        classes: (H, W) int64; 0 background, k the k-th label by value.
+        image: (3, H, W) or (3, X, Y, Z) in [0, 1].
+        classes: (H, W) or (X, Y, Z) int64; 0 background, k the k-th label by value.
     """
 
     image: Tensor
@@ -96,13 +97,54 @@ def check_label(case: Case, labels: Mapping[str, int], which: str = "a case") ->
     return label
 
 
-def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis: int) -> list[LabelledSlice]:
+def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis: int) -> list[Labelled]:
     """The 2-D images to learn from: images as they are, of volumes a number of slices.
 
     Args:
         cases: at least one.
         labels: from ``check_labels``.
         slice_axis: of volumes.
+
+    Raises:
+        ZeroSegError: there is no case, a label does not fit, or all are empty.
+    """
+    arrays = _classes(cases, labels)
+    volumes = sum(array.ndim == 3 for array in arrays)
+    share = max(2, MOST_SLICES // max(1, volumes))
+    found = []
+    for case, array in zip(cases, arrays, strict=True):
+        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(array)
+        if array.ndim == 2:
+            found.append(Labelled(image, classes))
+            continue
+        axis = slice_axis % 3
+        for k in chosen_slices(np.moveaxis(array, axis, 0) > 0, share):
+            found.append(Labelled(image.select(axis + 1, k), classes.select(axis, k)))
+    return found
+
+
+def as_volumes(cases: Sequence[Case]) -> bool:
+    """Whether all of them are volumes that are learned from as a whole."""
+    return all(is_volume(tuple(case.label.shape)) for case in cases)
+
+
+def labelled_volumes(cases: Sequence[Case], labels: Mapping[str, int]) -> list[Labelled]:
+    """The volumes to learn from as a whole; none where one of the cases is an image, or flat.
+
+    Args:
+        cases, labels: as ``labelled_slices``.
+
+    Raises:
+        ZeroSegError: as ``labelled_slices``.
+    """
+    arrays = _classes(cases, labels)
+    if not as_volumes(cases):
+        return []
+    return [Labelled(prepare(to_tensor(c.image)), torch.from_numpy(a)) for c, a in zip(cases, arrays, strict=True)]
+
+
+def _classes(cases: Sequence[Case], labels: Mapping[str, int]) -> list[np.ndarray]:
+    """Per case the number of every pixel's label, by value.
 
     Raises:
         ZeroSegError: there is no case, a label does not fit, or all are empty.
@@ -114,18 +156,7 @@ def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis
         raise ZeroSegError("all labels are empty: label the object in at least one image")
     table = np.zeros(256, np.int64)
     table[list(labels.values())] = np.arange(1, len(labels) + 1)
-    volumes = sum(array.ndim == 3 for array in arrays)
-    share = max(2, MOST_SLICES // max(1, volumes))
-    found = []
-    for case, array in zip(cases, arrays, strict=True):
-        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(table[array])
-        if array.ndim == 2:
-            found.append(LabelledSlice(image, classes))
-            continue
-        axis = slice_axis % 3
-        for k in chosen_slices(np.moveaxis(array, axis, 0) > 0, share):
-            found.append(LabelledSlice(image.select(axis + 1, k), classes.select(axis, k)))
-    return found
+    return [table[array] for array in arrays]
 
 
 def chosen_slices(label: np.ndarray, count: int) -> list[int]:

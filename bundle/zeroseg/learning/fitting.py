@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.learning.augmentation import augment
-from zeroseg.learning.cases import Case, check_labels, labelled_slices
+from zeroseg.learning.cases import Case, Labelled, check_labels, labelled_slices, labelled_volumes
 from zeroseg.learning.head import LearnedHead
 from zeroseg.learning.inputs import Shown, show_encoded, squeeze
 from zeroseg.learning.network import FewShotNet, class_shares
+from zeroseg.learning.volumes import VolumeNet, change, seen_size, squeeze_volume
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
 STEPS, BATCH = 300, 2
-"""Steps at most, and images in each."""
+"""Steps at most, and images in each; of volumes two changed copies of one."""
 RATE, LEAST, DECAY = 2e-3, 1e-2, 1e-2
 """Learning rate, which falls on a line, the share of it that is left in the end, and weight decay."""
+
+Network = TypeVar("Network", FewShotNet, VolumeNet)
 
 
 class Stopped(ZeroSegError):
@@ -45,7 +48,8 @@ def fit(
     """Learn to label images like a few given ones.
 
     Args:
-        cases: images and volumes with their labels, one or more. Of volumes some slices are learned from.
+        cases: images and volumes with their labels, one or more. Volumes alone are learned from as a whole; beside images, and where
+            they are flat, some of their slices are.
         inferer: its frozen model reads the images.
         labels: name -> value in the labels, 1 to 255.
         seconds: after which learning ends at the latest; reading the images counts for half of it at most.
@@ -67,26 +71,28 @@ def fit(
         raise ZeroSegError(f"seconds must be positive, not {seconds!r}")
     if start is not None and start.labels != names:
         raise ZeroSegError("the head to go on from has other labels: learn from the start")
-    slices = labelled_slices(cases, names, inferer.slice_axis)
-    shown = []
-    for part in slices:
-        _stop_if(cancelled)
-        shown.append(show_encoded(inferer, inferer.encode_prepared(part.image)))
-    classes = [shares(part.classes, len(names) + 1) for part in slices]
-    read = time.perf_counter()
-    rest = max(seconds - (read - began), seconds / 2)
-    network, facts = fit_shown(
-        shown,
-        classes,
-        left=lambda: 1 - (time.perf_counter() - read) / rest,
-        progress=progress,
-        cancelled=cancelled,
-        seed=seed,
-        start=start,
-        steps=steps,
-    )
-    facts = {"shots": len(cases), "slices": len(slices), **facts, "seconds": round(time.perf_counter() - began, 1)}
+    how = {"progress": progress, "cancelled": cancelled, "seed": seed, "start": start, "steps": steps}
+    volumes = labelled_volumes(cases, names)
+    if volumes:
+        network, facts = fit_volumes(volumes, len(names) + 1, left=_left(seconds), **how)
+    else:
+        slices = labelled_slices(cases, names, inferer.slice_axis)
+        shown = []
+        for part in slices:
+            _stop_if(cancelled)
+            shown.append(show_encoded(inferer, inferer.encode_prepared(part.image)))
+        classes = [shares(part.classes, len(names) + 1) for part in slices]
+        rest = max(seconds - (time.perf_counter() - began), seconds / 2)
+        network, facts = fit_shown(shown, classes, left=_left(rest), **how)
+        facts = {"slices": len(slices), **facts}
+    facts = {"shots": len(cases), **facts, "seconds": round(time.perf_counter() - began, 1)}
     return LearnedHead(inferer, network, names, facts)
+
+
+def _left(seconds: float) -> Callable[[], float]:
+    """The share of the seconds from now on that is left."""
+    begin = time.perf_counter()
+    return lambda: 1 - (time.perf_counter() - begin) / seconds
 
 
 def shares(classes: Tensor, count: int) -> Tensor:
@@ -121,7 +127,68 @@ def fit_shown(
     truths = torch.stack([squeeze(c) for c in classes])
     foreground = torch.stack([s.foreground for s in shown])
     maps = torch.cat([truths, foreground], 1)
-    network = _network(class_shares(foreground, truths), seed, start)
+    network = _begin(lambda: FewShotNet(class_shares(foreground, truths)), seed, start)
+
+    def look() -> tuple[Tensor, Tensor]:
+        batch = _draw(len(images), BATCH, generator)
+        image, changed = augment(images[batch], maps[batch], generator)
+        return network(image, changed[:, -1:]), changed[:, :-1]
+
+    return network, _learn(network, look, left, progress, cancelled, steps) | {"seed": seed}
+
+
+def fit_volumes(
+    volumes: Sequence[Labelled],
+    count: int,
+    *,
+    left: Callable[[], float],
+    progress: Callable[[int, int, float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    seed: int = 0,
+    start: LearnedHead | None = None,
+    steps: int = STEPS,
+) -> tuple[VolumeNet, dict]:
+    """``fit`` of whole volumes, which no frozen model reads.
+
+    Args:
+        volumes: of ``labelled_volumes``.
+        count: of the classes, the background among them.
+        other arguments: as ``fit_shown``.
+
+    Returns:
+        the network, and ``volumes``, ``steps``, ``train_dice`` and ``seed``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seen = []
+    for part in volumes:
+        _stop_if(cancelled)
+        size = seen_size(part.classes.shape)
+        truth = F.one_hot(part.classes, count).movedim(-1, 0)
+        seen.append((squeeze_volume(part.image.mean(0, keepdim=True), size), squeeze_volume(truth, size)))
+    met = torch.stack([truth.mean((1, 2, 3)) for _, truth in seen]).mean(0)
+    network = _begin(lambda: VolumeNet(met), seed, start)
+    order: list[int] = []
+
+    def look() -> tuple[Tensor, Tensor]:
+        if not order:
+            order.extend(_draw(len(seen), len(seen), generator).tolist())
+        scan, truth = (values.expand(BATCH, *values.shape) for values in seen[order.pop()])
+        scans, truths = change(scan, truth, generator)
+        return network(scans), truths
+
+    facts = _learn(network, look, left, progress, cancelled, steps)
+    return network, {"volumes": len(volumes), **facts, "seed": seed}
+
+
+def _learn(
+    network: nn.Module,
+    look: Callable[[], tuple[Tensor, Tensor]],
+    left: Callable[[], float],
+    progress: Callable[[int, int, float], None] | None,
+    cancelled: Callable[[], bool] | None,
+    steps: int,
+) -> dict:
+    """Step after step; ``look`` gives the logits of what was drawn for one, and the truth. Returns ``steps`` and ``train_dice``."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
@@ -131,11 +198,8 @@ def fit_shown(
             break
         for group in optimizer.param_groups:
             group["lr"] = RATE * (LEAST + 1 - min(1.0, spent))
-        batch = _draw(len(images), BATCH, generator)
-        image, changed = augment(images[batch], maps[batch], generator)
         with torch.enable_grad():
-            logits = network(image, changed[:, -1:])
-            loss, dice = loss_and_dice(logits, changed[:, :-1])
+            loss, dice = loss_and_dice(*look())
             optimizer.zero_grad()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -145,14 +209,17 @@ def fit_shown(
         best = max(best, metric)
         if progress is not None and (done % 10 == 0 or done == steps):
             progress(done, steps, best)
-    return network, {"steps": done, "train_dice": round(metric, 4), "seed": seed}
+    return {"steps": done, "train_dice": round(metric, 4)}
 
 
-def _network(shares: Tensor, seed: int, start: LearnedHead | None) -> FewShotNet:
+def _begin(make: Callable[[], Network], seed: int, start: LearnedHead | None) -> Network:
+    """A network in training, from random weights or from those of a head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = FewShotNet(shares)
+        network = make()
     if start is not None:
+        if type(start.network) is not type(network):
+            raise ZeroSegError("the head to go on from was learned from volumes, or these are: learn from the start")
         network.load_state_dict(start.network.state_dict())
     return network.requires_grad_(True).train()
 
@@ -164,11 +231,10 @@ def _draw(count: int, batch: int, generator: torch.Generator) -> Tensor:
 
 
 def loss_and_dice(logits: Tensor, truth: Tensor) -> tuple[Tensor, float]:
-    """Cross-entropy plus 1 - Dice, over all pixels of a batch; and the Dice itself, its mean over the labels."""
-    shares = logits.softmax(1)[:, 1:]
-    wanted = truth[:, 1:]
-    both = (shares * wanted).sum((0, 2, 3))
-    dice = ((2 * both + 1) / (shares.sum((0, 2, 3)) + wanted.sum((0, 2, 3)) + 1)).mean()
+    """Cross-entropy plus 1 - Dice, over all pixels or voxels of a batch; and the Dice itself, its mean over the labels."""
+    shares, wanted = (values[:, 1:].transpose(0, 1).flatten(1) for values in (logits.softmax(1), truth))
+    both = (shares * wanted).sum(1)
+    dice = ((2 * both + 1) / (shares.sum(1) + wanted.sum(1) + 1)).mean()
     return F.cross_entropy(logits, truth) + 1 - dice, float(dice.detach())
 
 

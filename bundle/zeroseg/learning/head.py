@@ -19,11 +19,13 @@ from tqdm import tqdm
 from zeroseg import __version__
 from zeroseg.attention.encoding import EncodedImage
 from zeroseg.attention.prepare import prepare
-from zeroseg.errors import WeightsError
+from zeroseg.backbones.convolution import use_onednn
+from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.learning.cases import to_tensor
 from zeroseg.learning.inputs import Shown, show_encoded
 from zeroseg.learning.network import FewShotNet
 from zeroseg.learning.store import read_folder, write_folder
+from zeroseg.learning.volumes import VolumeNet
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -104,7 +106,8 @@ def decide(probabilities: np.ndarray, labels: Mapping[str, int]) -> Prediction:
 
 
 class LearnedHead:
-    """A network fitted to a few labelled images over one frozen backbone, read with certain settings.
+    """A network fitted to a few labelled images over one frozen backbone, read with certain settings; or to volumes, which it sees as
+    a whole and without the backbone.
 
     Args:
         inferer: reads the images.
@@ -116,22 +119,33 @@ class LearnedHead:
     def __init__(
         self,
         inferer: AttentionSegmentationInferer,
-        network: FewShotNet,
+        network: FewShotNet | VolumeNet,
         labels: dict[str, int],
         facts: dict[str, Any],
     ):
         self.inferer, self.labels, self.facts = inferer, labels, facts
-        self.network = network.eval().requires_grad_(False)
+        self.network = use_onednn(network).eval().requires_grad_(False)
+
+    @property
+    def of_volumes(self) -> bool:
+        """Whether it was learned from volumes as a whole, and labels such."""
+        return isinstance(self.network, VolumeNet)
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
 
         Args:
-            image: an encoding of the same inferer, or (C, H, W), or (C, X, Y, Z), which is read slice by slice.
+            image: an encoding of the same inferer, or (C, H, W), or (C, X, Y, Z), which is read slice by slice, or at once where the
+                head was learned from volumes.
 
         Raises:
-            ZeroSegError: the image is empty, not finite, or of other dimensions.
+            ZeroSegError: the image is empty, not finite, or of other dimensions, or an image is given to a head of volumes.
         """
+        if isinstance(self.network, VolumeNet):
+            scan = None if isinstance(image, EncodedImage) else prepare(to_tensor(image))
+            if scan is None or scan.ndim == 3:
+                raise ZeroSegError("this head was learned from volumes: give it a volume, or learn one from images")
+            return decide(self.network.probabilities(scan.mean(0, keepdim=True)).numpy(), self.labels)
 
         def answer(part: EncodedImage | Tensor) -> np.ndarray:
             encoded = part if isinstance(part, EncodedImage) else self.inferer.encode_prepared(part)
@@ -163,8 +177,8 @@ class LearnedHead:
             "zeroseg": __version__,
             "labels": self.labels,
             "labels_sha256": _labels_sha256(self.labels),
-            "belongs_to": _belongs_to(self.inferer),
-            "network": {"classes": self.network.classes},
+            "belongs_to": {} if self.of_volumes else _belongs_to(self.inferer),
+            "network": {"classes": self.network.classes, "of_volumes": self.of_volumes},
             "facts": self.facts,
         }
         write_folder(Path(folder), tensors, config)
@@ -184,7 +198,8 @@ class LearnedHead:
         tensors, config = read_folder(folder)
         try:
             labels, described = dict(config["labels"]), config["network"]
-            own, wanted = _belongs_to(inferer), config["belongs_to"]
+            of_volumes, wanted = described.get("of_volumes", False), config["belongs_to"]
+            own = {} if of_volumes else _belongs_to(inferer)
             if config["labels_sha256"] != _labels_sha256(labels):
                 raise WeightsError(f"the labels of {folder.name} were changed after it was learned: learn it again")
             for name, value in own.items():
@@ -196,7 +211,8 @@ class LearnedHead:
             if described["classes"] != len(labels) + 1:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
             # What it begins at is loaded with the weights.
-            network = FewShotNet(torch.ones(2, described["classes"]))
+            classes = described["classes"]
+            network = VolumeNet(torch.ones(classes)) if of_volumes else FewShotNet(torch.ones(2, classes))
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
             raise

@@ -100,10 +100,13 @@ class Uncertain(Measured):
 
     def measure(self, entry: OpenImage) -> float:
         """Confidence in [0, 1]."""
-        parts = self.engine.slices_of(entry, SLICES)
-        if self.heads.record() is None:
+        head = None if self.heads.record() is None else self.heads.head()
+        if head is not None and head.of_volumes:
+            # A picture among volumes is what such a head cannot label at all.
+            return head.predict(entry.unprepared).confidence if entry.image.is_volume else 0.0
+        parts, inferer = self.engine.slices_of(entry, SLICES), self.engine.inferer
+        if head is None:
             return float(np.mean([self._click(part) for part in parts]))
-        head, inferer = self.heads.head(), self.engine.inferer
         return float(np.mean([head.predict(inferer.encode_prepared(part)).confidence for part in parts]))
 
     def _click(self, part: Tensor) -> float:

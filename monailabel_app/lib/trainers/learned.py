@@ -19,7 +19,7 @@ from lib.mends.responsive import stop_if_abandoned
 from lib.scoring.learned import unseen_scores
 from lib.submissions import read_all, submitted, values_of_all
 from zeroseg.errors import ZeroSegError
-from zeroseg.learning import Case, fit
+from zeroseg.learning import Case, LearnedHead, as_volumes, fit
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +100,16 @@ class LearnedTrainer(TrainTask):
                 # A training whose server has gone serves nobody.
                 return os.getppid() != server
 
+            cases = [Case(one.entry.unprepared, one.in_values(values)) for one in submissions]
             head = fit(
-                [Case(one.entry.unprepared, one.in_values(values)) for one in submissions],
+                cases,
                 self.engine.inferer,
                 labels=values,
                 seconds=options["seconds"],
                 progress=progress,
                 cancelled=cancelled,
                 seed=options["seed"],
-                start=None if options["from_scratch"] else self._start(values),
+                start=None if options["from_scratch"] else self._start(values, cases),
                 steps=options["steps"],
             )
             done = head.describe()
@@ -127,13 +128,14 @@ class LearnedTrainer(TrainTask):
         finally:
             self.heads.finish()
 
-    def _start(self, values: dict[str, int]):
-        """The head before, where it knows the same labels."""
+    def _start(self, values: dict[str, int], cases: list[Case]) -> LearnedHead | None:
+        """The head before, where it knows the same labels and is of the same kind, of images or of volumes."""
         record = self.heads.record()
         if record is None or record["labels"] != values:
             return None
         try:
-            return self.heads.head()
+            head = self.heads.head()
+            return head if head.of_volumes == as_volumes(cases) else None
         except ZeroSegError as error:
             logger.warning("training starts anew: %s", error)
             return None

@@ -15,6 +15,8 @@ from zeroseg.tumor.training.samples import VoxelSamples
 
 MOST_VOXELS = 256
 """Of every case that a step on voxels looks at."""
+MOST_WEIGHT = 30
+"""Of a lesion's voxel against another one."""
 
 
 def volume_terms(output: AovaOutput, prompts: Tensor, roles: Sequence[str], target: Tensor) -> dict[str, Tensor]:
@@ -27,14 +29,16 @@ def volume_terms(output: AovaOutput, prompts: Tensor, roles: Sequence[str], targ
         target: (X, Y, Z) bool; empty where the answer is "absent".
 
     Returns:
-        ``dice`` (zero for an empty target), ``voxel`` cross-entropy, ``image`` cross-entropy, and ``align``: symmetric
-        cross-entropy between pooled features and texts, one per role, at temperature 0.07.
+        ``dice`` (zero for an empty target), ``voxel`` cross-entropy, a lesion's voxels counting more the rarer they are, as in
+        :func:`voxel_terms`, ``image`` cross-entropy, and ``align``: symmetric cross-entropy between pooled features and texts, one
+        per role, at temperature 0.07.
     """
     present, wanted = bool(target.any()), target.float()
     probability = output.margin.sigmoid()
     overlap = 2 * (probability * wanted).sum() + 1
     dice = 1 - overlap / (probability.sum() + wanted.sum() + 1)
-    voxel = F.binary_cross_entropy_with_logits(output.margin, wanted)
+    share = wanted.mean().clamp_min(1 / MOST_WEIGHT**2)
+    voxel = F.binary_cross_entropy_with_logits(output.margin, wanted, pos_weight=((1 - share) / share).sqrt())
     image = F.binary_cross_entropy_with_logits(output.image_logit, wanted.new_tensor(float(present)))
     names = list(dict.fromkeys(roles))
     members = [[i for i, role in enumerate(roles) if role == name] for name in names]

@@ -29,8 +29,6 @@ from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
-QUESTIONS = 2
-"""Asked about a volume per step of the second phase."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Schedule:
         volumes: cases per step of the first phase.
         volume_steps: of the second phase, on whole volumes.
         batch: volumes per step of the second phase.
+        questions: asked about each of them.
         lr: highest learning rate; warm-up, then a cosine to zero.
         weights: of the terms, over :data:`WEIGHTS`.
         real_share: of the volumes drawn per step.
@@ -53,6 +52,7 @@ class Schedule:
     volumes: int = 32
     volume_steps: int = 0
     batch: int = 4
+    questions: int = 2
     lr: float = 3e-3
     weights: Mapping[str, float] | None = None
     real_share: float = 0.25
@@ -241,7 +241,7 @@ class AdapterTrainer:
         return [self.reader.read(self._draw(pools, rng), rng) for _ in range(self.schedule.batch)]
 
     def _terms(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The mean terms of ``QUESTIONS`` about each volume, which is adapted once, beside those of its shape."""
+        """The mean terms of the questions about each volume, which is adapted once, beside those of its shape."""
         device = self.backbone.device
         total: dict[str, Tensor] = {}
         shapes: dict[tuple[int, ...], list[Example]] = {}
@@ -250,9 +250,9 @@ class AdapterTrainer:
         for alike in shapes.values():
             features = [[f.to(device, torch.float32) for f in example.features] for example in alike]
             for example, adapted in zip(alike, self.adapters.adapt_many(features), strict=True):
-                for _ in range(QUESTIONS):
+                for _ in range(self.schedule.questions):
                     for name, term in self._answer(example, adapted, rng).items():
-                        share = term / (QUESTIONS * len(examples))
+                        share = term / (self.schedule.questions * len(examples))
                         total[name] = total.get(name, term.new_zeros(())) + share
         return total
 
@@ -303,6 +303,7 @@ class AdapterTrainer:
             "volumes": schedule.volumes,
             "voxels": sampling.voxels,
             "batch": schedule.batch,
+            "questions": schedule.questions,
             "lr": schedule.lr,
             "weights": self.weights,
             "real_share": schedule.real_share,
