@@ -17,6 +17,8 @@ from lib.heads import Heads
 from lib.strategies.measured import Diverse, Uncertain
 from lib.strategies.plain import First, Random
 from lib.submissions import read, read_all, submitted, values_of_all
+from lib.trainers.learned import LearnedTrainer
+from zeroseg.learning import volumes
 
 NAMES = ("a", "b", "c", "d")
 NO_HURRY = {"seconds": 3600}
@@ -116,3 +118,35 @@ def test_submissions_are_read_under_common_values(store, engine):
     (Path(store._datastore_path) / "labels" / "final" / "b.nii.gz").write_bytes(b"broken")
     assert {one.image for one in read_all(store, engine)} == {"a", "c"}
     assert read(store, engine, "a").time > 0
+
+
+@pytest.fixture
+def scans(tmp_path) -> FolderDatastore:
+    """Two scans, deep enough to be learned from as a whole."""
+    for k, name in enumerate("ab"):
+        image = np.random.default_rng(k).normal(50, 5, (24, 10, 9))
+        image[6:18, 3:7, 2:7] += 100
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    return FolderDatastore(str(tmp_path), auto_reload=False)
+
+
+def test_scans_are_learned_as_a_whole_and_served_so(scans, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "VOXELS", 32 * 32 * 64)
+    engine = Engine(tiny_backbone)
+    heads = Heads(tmp_path / ".learned", engine)
+    trainer = LearnedTrainer(engine, heads)
+    labels = np.zeros((24, 10, 9))
+    labels[6:18, 3:7, 2:7] = 1
+    submit(scans, "a", labels, [{"name": "block", "idx": 1}])
+    record = trainer({"steps": 2, "seconds": 600}, scans)
+    assert record["labels"] == {"block": 1} and heads.head().of_volumes
+    again = trainer({"steps": 1, "seconds": 600}, scans)
+    assert again["total_epochs"] == 1 and heads.head().facts["train_dice"] > 0
+
+    entry = engine.open(scans.get_image_uri("b"))
+    whole, one = engine.learned(entry, heads.head()), engine.learned(entry, heads.head(), only_slice=4)
+    assert whole.labels.shape == (24, 10, 9)
+    assert np.array_equal(one.labels[..., 4], whole.labels[..., 4]) and not one.labels[..., :4].any()
+    assert (one.confidence[..., :4] == 1).all() and np.array_equal(one.confidence[..., 4], whole.confidence[..., 4])
+    asked = Uncertain(engine, heads)(NO_HURRY, scans)
+    assert asked["id"] == "b" and asked["confidence"] == pytest.approx(whole.details["expected_dice"], abs=1e-3)
