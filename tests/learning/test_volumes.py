@@ -65,7 +65,10 @@ def test_flat_volumes_and_mixtures_are_slices(inferer):
     deep = scene(0)
     flat = Case(deep.image[..., 9:13], deep.label[..., 9:13])
     picture = Case(deep.image[..., 11], deep.label[..., 11])
-    assert as_volumes([deep, deep]) and not as_volumes([deep, flat]) and not as_volumes([deep, picture])
+    few = Case(deep.image, deep.label * (np.arange(22) // 2 == 5))
+    empty = Case(deep.image, 0 * deep.label)
+    assert as_volumes([deep, empty])
+    assert not any(as_volumes([deep, other]) for other in (flat, picture, few))
     head = fit([flat], inferer, labels=LABELS, seconds=600, steps=1)
     assert not head.of_volumes and head.facts["slices"] > 0
 

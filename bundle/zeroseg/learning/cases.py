@@ -17,6 +17,8 @@ MOST_SLICES = 24
 """Slices read of all volumes together: each takes a pass of the frozen model."""
 WITHOUT = 0.25
 """Share of a volume's slices that show no label, where it has such."""
+SPAN = 3
+"""Slices along each axis that the label of a volume spans at least; less is the label of a slice."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,19 @@ def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis
 
 
 def as_volumes(cases: Sequence[Case]) -> bool:
-    """Whether all of them are volumes that are learned from as a whole."""
-    return all(is_volume(tuple(case.label.shape)) for case in cases)
+    """Whether all of them are volumes that are learned from as a whole: deep ones, and labelled in more than a slice or two, for what is
+    labelled in those alone says nothing of the others."""
+    return all(is_volume(tuple(case.label.shape)) and _is_deep(np.asarray(case.label) != 0) for case in cases)
+
+
+def _is_deep(mask: np.ndarray) -> bool:
+    """Whether (X, Y, Z) bool spans ``SPAN`` slices along each axis, or is empty."""
+    spans = [np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return all(not len(at) or at[-1] - at[0] + 1 >= SPAN for at in spans)
 
 
 def labelled_volumes(cases: Sequence[Case], labels: Mapping[str, int]) -> list[Labelled]:
-    """The volumes to learn from as a whole; none where one of the cases is an image, or flat.
+    """The volumes to learn from as a whole; none where one of the cases is an image, or flat, see ``as_volumes``.
 
     Args:
         cases, labels: as ``labelled_slices``.
