@@ -6,12 +6,12 @@
     zeroseg learn --images IMAGES --labels MASKS --output-dir HEAD --label liver=1 --label lesion=2
     zeroseg learn --images MORE --labels MASKS --output-dir HEAD --resume       goes on from the head that is there
 
-
 One to about twenty images or volumes. Volumes alone are learned from as a whole, and others are labelled in a fraction of a second; of
 volumes beside images, of flat ones (fewer than eight slices), and of those labelled in a slice or two, up to 24 slices in all are learned
-from. Masks have their image's name (the extension may differ) and its size: 0 is background. Without --label, masks of one value hold one label, object; else every value is a label. The
-frozen model does not change; the head belongs to it and is refused with another one. Written to HEAD: config.json, the
-weights it names (safetensors, SHA-256), and manifest.json. Ctrl-C leaves a head that was there before as it was.
+from. Masks have their image's name (the extension may differ) and its size: 0 is background. Without --label, masks of one value hold one
+label, object; else every value is a label. The frozen model does not change; a head of images belongs to it and is refused with another
+one. Written to HEAD: config.json, the weights it names (safetensors, SHA-256), and manifest.json. Ctrl-C leaves a head that was there
+before as it was.
 
 Tumours by words in volumes are learned differently, by adapters (hours; see configs/train_tumor.yaml for every setting):
 
