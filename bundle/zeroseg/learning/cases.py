@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeroseg.attention.prepare import prepare
 from zeroseg.errors import ZeroSegError
-from zeroseg.learning.volumes import is_volume
+from zeroseg.learning.volumes import is_volume, seen_size, squeeze_volume
 
 MOST_SLICES = 24
 """Slices read of all volumes together: each takes a pass of the frozen model."""
@@ -35,12 +35,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """An image, or a volume, to learn from.
+class LabelledSlice:
+    """A 2-D image to learn from.
 
     Attributes:
-        image: (3, H, W) or (3, X, Y, Z) in [0, 1].
-        classes: (H, W) or (X, Y, Z) int64; 0 background, k the k-th label by value.
+        image: (3, H, W) in [0, 1].
+        classes: (H, W) int64; 0 background, k the k-th label by value.
     """
 
     image: Tensor
@@ -99,7 +99,7 @@ def check_label(case: Case, labels: Mapping[str, int], which: str = "a case") ->
     return label
 
 
-def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis: int) -> list[Labelled]:
+def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis: int) -> list[LabelledSlice]:
     """The 2-D images to learn from: images as they are, of volumes a number of slices.
 
     Args:
@@ -115,13 +115,13 @@ def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis
     share = max(2, MOST_SLICES // max(1, volumes))
     found = []
     for case, array in zip(cases, arrays, strict=True):
-        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(array)
+        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(array).long()
         if array.ndim == 2:
-            found.append(Labelled(image, classes))
+            found.append(LabelledSlice(image, classes))
             continue
         axis = slice_axis % 3
         for k in chosen_slices(np.moveaxis(array, axis, 0) > 0, share):
-            found.append(Labelled(image.select(axis + 1, k), classes.select(axis, k)))
+            found.append(LabelledSlice(image.select(axis + 1, k), classes.select(axis, k)))
     return found
 
 
@@ -137,35 +137,40 @@ def _is_deep(mask: np.ndarray) -> bool:
     return all(not len(at) or at[-1] - at[0] + 1 >= SPAN for at in spans)
 
 
-def labelled_volumes(cases: Sequence[Case], labels: Mapping[str, int]) -> list[Labelled]:
-    """The volumes to learn from as a whole; none where one of the cases is an image, or flat, see ``as_volumes``.
+def labelled_volumes(cases: Sequence[Case], labels: Mapping[str, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Volumes to learn from as a whole, squeezed to what is seen of them, one after the other, for they may be large.
 
     Args:
-        cases, labels: as ``labelled_slices``.
+        cases: of which ``as_volumes`` holds.
+        labels: as ``labelled_slices``.
+
+    Yields:
+        (1, X, Y, Z) float32 in [0, 1], and (L + 1, X, Y, Z) float32 shares of the classes, the background first.
 
     Raises:
         ZeroSegError: as ``labelled_slices``.
     """
-    arrays = _classes(cases, labels)
-    if not as_volumes(cases):
-        return []
-    return [Labelled(prepare(to_tensor(c.image)), torch.from_numpy(a)) for c, a in zip(cases, arrays, strict=True)]
+    for case, classes in zip(cases, _classes(cases, labels), strict=True):
+        size = seen_size(classes.shape)
+        scan = squeeze_volume(prepare(to_tensor(case.image)).mean(0, keepdim=True), size)
+        parts = [squeeze_volume(torch.from_numpy(classes == k)[None], size) for k in range(len(labels) + 1)]
+        yield scan, torch.cat(parts)
 
 
 def _classes(cases: Sequence[Case], labels: Mapping[str, int]) -> list[np.ndarray]:
-    """Per case the number of every pixel's label, by value.
+    """Per case the number of every pixel's label, by value, as uint8.
 
     Raises:
         ZeroSegError: there is no case, a label does not fit, or all are empty.
     """
     if not cases:
         raise ZeroSegError("nothing to learn from: give at least one image with its label")
-    arrays = [check_label(case, labels, f"case {k + 1}") for k, case in enumerate(cases)]
+    table = np.zeros(256, np.uint8)
+    table[list(labels.values())] = np.arange(1, len(labels) + 1)
+    arrays = [table[check_label(case, labels, f"case {k + 1}")] for k, case in enumerate(cases)]
     if not any(array.any() for array in arrays):
         raise ZeroSegError("all labels are empty: label the object in at least one image")
-    table = np.zeros(256, np.int64)
-    table[list(labels.values())] = np.arange(1, len(labels) + 1)
-    return [table[array] for array in arrays]
+    return arrays
 
 
 def chosen_slices(label: np.ndarray, count: int) -> list[int]:

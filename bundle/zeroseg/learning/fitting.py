@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.learning.augmentation import augment
-from zeroseg.learning.cases import Case, Labelled, check_labels, labelled_slices, labelled_volumes
+from zeroseg.learning.cases import Case, as_volumes, check_labels, labelled_slices, labelled_volumes
 from zeroseg.learning.head import LearnedHead
 from zeroseg.learning.inputs import Shown, show_encoded, squeeze
 from zeroseg.learning.network import FewShotNet, class_shares
-from zeroseg.learning.volumes import VolumeNet, change, seen_size, squeeze_volume
+from zeroseg.learning.volumes import VolumeNet, change
 
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -71,10 +71,10 @@ def fit(
         raise ZeroSegError(f"seconds must be positive, not {seconds!r}")
     if start is not None and start.labels != names:
         raise ZeroSegError("the head to go on from has other labels: learn from the start")
-    how = {"progress": progress, "cancelled": cancelled, "seed": seed, "start": start, "steps": steps}
-    volumes = labelled_volumes(cases, names)
-    if volumes:
-        network, facts = fit_volumes(volumes, len(names) + 1, left=_left(seconds), **how)
+    how: dict[str, Any] = {"progress": progress, "cancelled": cancelled, "seed": seed, "start": start, "steps": steps}
+    if cases and as_volumes(cases):
+        left = _left(seconds)
+        network, facts = fit_volumes(list(labelled_volumes(cases, names)), left=left, **how)
     else:
         slices = labelled_slices(cases, names, inferer.slice_axis)
         shown = []
@@ -138,8 +138,7 @@ def fit_shown(
 
 
 def fit_volumes(
-    volumes: Sequence[Labelled],
-    count: int,
+    seen: Sequence[tuple[Tensor, Tensor]],
     *,
     left: Callable[[], float],
     progress: Callable[[int, int, float], None] | None = None,
@@ -151,20 +150,13 @@ def fit_volumes(
     """``fit`` of whole volumes, which no frozen model reads.
 
     Args:
-        volumes: of ``labelled_volumes``.
-        count: of the classes, the background among them.
+        seen: of ``labelled_volumes``.
         other arguments: as ``fit_shown``.
 
     Returns:
         the network, and ``volumes``, ``steps``, ``train_dice`` and ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
-    seen = []
-    for part in volumes:
-        _stop_if(cancelled)
-        size = seen_size(part.classes.shape)
-        truth = F.one_hot(part.classes, count).movedim(-1, 0)
-        seen.append((squeeze_volume(part.image.mean(0, keepdim=True), size), squeeze_volume(truth, size)))
     met = torch.stack([truth.mean((1, 2, 3)) for _, truth in seen]).mean(0)
     network = _begin(lambda: VolumeNet(met), seed, start)
     order: list[int] = []
@@ -177,7 +169,7 @@ def fit_volumes(
         return network(scans), truths
 
     facts = _learn(network, look, left, progress, cancelled, steps)
-    return network, {"volumes": len(volumes), **facts, "seed": seed}
+    return network, {"volumes": len(seen), **facts, "seed": seed}
 
 
 def _learn(
