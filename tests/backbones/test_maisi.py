@@ -83,7 +83,8 @@ def test_released_files_load_by_the_published_keys(released):
     modality = "ct" if kind.endswith("ct") else "mr_t1"
     with torch.inference_mode():
         encoded = release.autoencoder.encode(volume)[0] * release.scale_factor
-        torch.testing.assert_close(backbone.encode(volume), encoded)
+        # The backbone's convolutions are oneDNN's, the published network's are torch's choice: equal but for rounding, which guidance enlarges.
+        torch.testing.assert_close(backbone.encode(volume), encoded, rtol=1e-3, atol=1e-4)
         latent = torch.randn(1, 4, 4, 4, 8, generator=torch.Generator().manual_seed(0))
         condition = {"spacing_tensor": torch.tensor([[150.0, 150.0, 200.0]])}
         if kind.startswith("rflow"):
@@ -97,7 +98,8 @@ def test_released_files_load_by_the_published_keys(released):
                 latent, timesteps=torch.tensor([321.0]), **{**condition, "class_labels": torch.tensor([0])}
             )
             expected = unknown + {"rflow-mr": 15.0, "rflow-mr-brain": 2.0}[kind] * (expected - unknown)
-        torch.testing.assert_close(backbone.predict(latent, 321, (1.5, 1.5, 2), modality, (1, 2)), expected)
+        found = backbone.predict(latent, 321, (1.5, 1.5, 2), modality, (1, 2))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     described = backbone.describe()
     assert described["source"] == release.unet_file.name and described["release"] == kind
     assert set(described["files"]) == {release.autoencoder_file.name, release.unet_file.name}

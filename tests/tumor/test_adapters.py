@@ -196,7 +196,7 @@ def test_volumes_of_one_shape_are_adapted_at_once(features, deeper):
     together = net.adapt_many([features, other])
     for found, alone in zip(together, (net.adapt(features), net.adapt(other)), strict=True):
         for a, b in zip(found, alone, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_the_unet_looks_further_than_a_voxel(features):

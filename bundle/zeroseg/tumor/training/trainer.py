@@ -156,7 +156,7 @@ class AdapterTrainer:
             self.calibrate()
             pools = phantoms_and_real(self.cases)
             rate = schedule.lr / 10 if schedule.steps else schedule.lr
-            steps = _Steps(self, pools, state["volumes"], schedule.volume_steps)
+            steps = Steps(self, pools, state["volumes"], schedule.volume_steps)
             read = iter(DataLoader(steps, batch_size=None, num_workers=self.reader.sampling.readers))
             self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._terms(next(read), rng))
         if schedule.volume_steps:
@@ -321,7 +321,7 @@ class AdapterTrainer:
         }
 
 
-class _Steps(Dataset):
+class Steps(Dataset):
     """What the steps of the second phase look at, by the step's number less ``first``: the same whoever reads it."""
 
     def __init__(self, trainer: AdapterTrainer, pools: list[list], first: int, last: int):
