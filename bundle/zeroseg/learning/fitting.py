@@ -163,7 +163,7 @@ def fit_volumes(
 
     def look() -> tuple[Tensor, Tensor]:
         if not order:
-            order.extend(_draw(len(seen), len(seen), generator).tolist())
+            order.extend(torch.randperm(len(seen), generator=generator).tolist())
         scan, truth = (values.expand(BATCH, *values.shape) for values in seen[order.pop()])
         scans, truths = change(scan, truth, generator)
         return network(scans), truths

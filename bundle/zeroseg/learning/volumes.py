@@ -14,6 +14,8 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 
 from zeroseg.interaction.volume_head import fold, unfold
+from zeroseg.learning.augmentation import GAIN, GAMMA, OFFSET
+from zeroseg.learning.network import LEAST
 
 VOXELS = 64**3
 """Of a scan as it is seen, about; its sides keep their proportions in voxels."""
@@ -24,14 +26,10 @@ DEPTH = 8
 """Least side, in voxels, of what is learned from as a volume; flatter ones are slices."""
 WIDTHS = (16, 16, 32, 64, 64, 16)
 """Channels of MONAI's ``BasicUNet``, whose finest level has two voxels of the squeezed scan a side."""
-LEAST = 0.0067
-"""Share of the voxels at least that every class is believed to have, as in images."""
 PLACE = 10.0
 """How much faster than other weights those of a class's place are learned."""
 TURN, ZOOM, SHIFT = 0.25, 0.2, 0.12
 """Largest rotation about each axis in radians, log-scale, and shift in half volumes. No mirror: left stays left."""
-GAIN, OFFSET, GAMMA = 0.2, 0.1, 0.25
-"""Largest change of the contrast (log), brightness, and gamma (log)."""
 
 
 def is_volume(shape: Sequence[int]) -> bool:

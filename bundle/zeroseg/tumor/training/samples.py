@@ -71,17 +71,14 @@ def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality
     gain, offset = 1 + strength * rng.uniform(-0.12, 0.12), strength * rng.uniform(-0.04, 0.04)
     noise = torch.from_numpy(rng.standard_normal(volume.shape).astype(np.float32)) * float(rng.uniform(0, 0.025))
     if modality == "mr" and rng.random() < OTHER_SEQUENCE:
-        curve = np.concatenate([[0], rng.uniform(0.1, 1, 5)]) if rng.random() < 0.5 else _rising(rng)
+        falls = rng.random() < 0.5
+        curve = np.concatenate([[0], rng.uniform(0.1, 1, 5)])
+        if not falls:
+            curve = curve.cumsum() / curve.sum()
         places = np.linspace(0, 1, len(curve))
         volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve * most).astype(np.float32))
     changed = (volume.clamp_min(0) ** gamma * gain + offset + noise).clamp(0, most)
     return changed[None, None].contiguous(), target.contiguous()
-
-
-def _rising(rng: np.random.Generator) -> np.ndarray:
-    """A curve's values from 0 to 1."""
-    steps = np.cumsum(np.concatenate([[0], rng.uniform(0.1, 1, 5)]))
-    return steps / steps[-1]
 
 
 def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: int) -> tuple[Tensor, Tensor]:
