@@ -11,7 +11,8 @@ row); any other folder has to be passed as ``--extra FOLDER=CAPTION`` by someone
 
     python scripts/training/train_backbone.py --images UNLABELLED_DIR --work runs/attention --out bundle/models/attention
 
-The run resumes from ``--work`` when it is called again.
+The run resumes from ``--work`` when it is called again. ``--start FOLDER`` goes on from weights written before, with their
+autoencoder and tokenizer as they are; new words are then spelled with the old pieces.
 """
 
 from __future__ import annotations
@@ -243,6 +244,11 @@ def build_networks(vocab_size: int, seed: int):
     return vae, text_encoder, unet, scheduler
 
 
+def written_scale(folder: Path) -> float:
+    """What the latents of a written autoencoder are multiplied by."""
+    return json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+
+
 class Trainer:
     """Two phases (autoencoder, then diffusion), each resumable; see ``phases``."""
 
@@ -252,6 +258,8 @@ class Trainer:
         self.work = Path(args.work)
         self.tokenizer = self._tokenizer()
         self.vae, self.text, self.unet, self.scheduler = build_networks(len(self.tokenizer), args.seed)
+        if args.start is not None:
+            self._start_from(Path(args.start))
         for net in (self.vae, self.text, self.unet):
             net.to(self.device, memory_format=torch.channels_last if net is not self.text else torch.preserve_format)
         self.averages = {name: averaged(getattr(self, name), 0.999) for name in ("unet", "text")}
@@ -268,10 +276,21 @@ class Trainer:
             device=self.device,
         )
         self.state = self.phases.state
+        if args.start is not None:
+            self.state.setdefault("latent_std", 1 / self.vae.config.scaling_factor)
+            self.state.setdefault("vae_step", args.vae_steps)
+
+    def _start_from(self, folder: Path) -> None:
+        for name, network in (("vae", self.vae), ("text_encoder", self.text), ("unet", self.unet)):
+            written = type(network).from_pretrained(folder / name, use_safetensors=True)
+            network.load_state_dict(written.float().state_dict())
+        self.vae.register_to_config(scaling_factor=written_scale(folder))
 
     def _tokenizer(self):
         from transformers import CLIPTokenizer
 
+        if self.args.start is not None:
+            return CLIPTokenizer.from_pretrained(Path(self.args.start) / "tokenizer")
         folder = self.work / "tokenizer"
         if (folder / "tokenizer_config.json").is_file():  # a resumed run keeps the words it was begun with
             return CLIPTokenizer.from_pretrained(folder)
@@ -398,6 +417,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--extra", action="append", default=[], metavar="FOLDER=CAPTION", help="a further folder of images"
     )
+    parser.add_argument("--real-share", type=float, default=0.4, help="share of samples that are real images")
+    parser.add_argument("--start", metavar="FOLDER", help="diffusers folder to go on from, instead of random weights")
     parser.add_argument("--phantoms", type=int, default=4000, help="phantoms to draw (default 4000)")
     parser.add_argument("--work", default="runs/attention", help="checkpoints; the run resumes from here")
     parser.add_argument("--out", default="bundle/models/attention", help="diffusers folder to write")
@@ -419,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args(argv)
     args.command = sys.argv[1:] if argv is None else argv
-    corpus = Corpus(find_folders(args), args.phantoms, args.seed, Path(args.work) / "phantoms.npz")
+    corpus = Corpus(find_folders(args), args.phantoms, args.seed, Path(args.work) / "phantoms.npz", args.real_share)
     print(f"images: {corpus.counts}, phantoms: {len(corpus.phantoms)}")
     trainer = Trainer(args, corpus)
     if args.export_only:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from phantoms3d import write_volumes
 from zeroseg.cli import main
+from zeroseg.learning import volumes
 
 
 def draw(folder: Path, names: str, value: int = 255) -> None:
@@ -22,6 +24,16 @@ def draw(folder: Path, names: str, value: int = 255) -> None:
         mask = (y - 24 - 3 * k) ** 2 + (x - 36 + 4 * k) ** 2 < 120
         Image.fromarray(np.where(mask, 200, 60).astype(np.uint8)).save(folder / "images" / f"{name}.png")
         Image.fromarray((mask * value).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+
+
+def draw_balls(folder: Path, names: str) -> None:
+    """Volumes of a bright ball, and their masks."""
+    x, y, z = np.indices((40, 24, 22))
+    for k, name in enumerate(names):
+        ball = (x - 12 - 4 * k) ** 2 + (y - 12) ** 2 + (z - 11) ** 2 < 36
+        for kind, values in (("images", np.where(ball, 200, 60)), ("masks", ball)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(values.astype(np.uint8), np.eye(4)), folder / kind / f"{name}.nii.gz")
 
 
 @pytest.fixture
@@ -118,6 +130,26 @@ def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
     assert "| learned | 2 |" in (tmp_path / "out" / "table.md").read_text()
     assert "by itself" in refused(capsys, *command, "--protocol", "few-shot,auto")
     assert "positive" in refused(capsys, *command, "--shots", "0")
+
+
+@pytest.mark.slow
+def test_few_shot_is_measured_in_volumes_beside_images(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "VOXELS", 32 * 32 * 64)
+    suite = tmp_path / "suite"
+    draw_balls(suite / "scans", "abcd")
+    (suite / "scans" / "masks" / "zzz.nii.gz").write_bytes(b"")
+    (suite / "scans" / "images" / "zzz.nii.gz").write_bytes(b"")
+    draw(suite / "discs", "abc")
+    options = ["--protocol", "few-shot", "--shots", "1", "--choices", "1", "--seconds", "0.01"]
+    model = ["--backbone", tiny_pipeline, "--device", "cpu", "--select-settings", "resolution=64"]
+    assert run("evaluate", "--suite", suite, *options, "--out", tmp_path / "out", *model) == 2
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    scans, discs = written["few_shot"]["scans"], written["few_shot"]["discs"]
+    assert set(scans) == {"learned", "Otsu", "value neighbours", "BasicUNet"}
+    assert set(scans["learned"]) == set(discs["learned"]) == {"1"}
+    assert scans["Otsu"]["1"]["dice"] == scans["value neighbours"]["1"]["dice"] == 1
+    assert [fault["case"] for fault in written["settings"]["failed"]] == ["zzz"]
+    assert "| discs | scans | mean |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path):

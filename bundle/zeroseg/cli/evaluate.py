@@ -29,7 +29,8 @@ In volumes, by themselves (rule of the CVPR 2025 challenge on interactive 3-D se
 Learning from a few labels (zeroseg learn), by itself: --protocol few-shot --shots 1,3,5,10,20. Heads are fitted to so many images of each
 set, --choices times, and scored on up to 40 others of it; beside them auto, 15 nearest neighbours in Lab colour, an exemplar (one image),
 and MONAI's BasicUNet from random weights with the same images and seconds of processor time (--unet-times 1,10: and ten
-times as long). Written to few_shot.csv, summary.json and table.md, after each set.
+times as long). Volumes are learned from as a whole; beside that Otsu, neighbours in value, and the UNet in 3-D. Written to few_shot.csv,
+summary.json and table.md, after each set.
 
 Upper bounds, because the mask chooses among the segments:
   oracle_union   every segment that lies in the mask with more than half of its pixels
@@ -98,7 +99,9 @@ def add_arguments(parser: Parser) -> None:
         help="settings of AttentionSegmentationInferer, values as JSON, e.g. affinity=features",
     )
     few = parser.add_argument_group("few-shot")
-    few.add_argument("--shots", default="1,3,5,10,20", help="numbers of labelled images (default: %(default)s)")
+    few.add_argument(
+        "--shots", default="1,3,5,10,20", help="numbers of labelled images or volumes (default: %(default)s)"
+    )
     few.add_argument("--choices", type=int, default=5, help="of those images, each by a seed (default: %(default)s)")
     few.add_argument("--seconds", type=float, default=60, help="of processor time for each fit (default: %(default)g)")
     few.add_argument("--rest", type=int, default=40, help="most images a choice is scored on (default: %(default)s)")
@@ -193,7 +196,7 @@ def run_few_shot(args: argparse.Namespace) -> int:
     """Measure learning from a few labels; returns the exit code."""
     from zeroseg.backbones import StableDiffusionBackbone
     from zeroseg.evaluation.few_shot import Plan, evaluate_few_shot
-    from zeroseg.evaluation.images import picture_sets
+    from zeroseg.evaluation.pairs import holds_volumes, sets_of
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
     if args.protocols != ["few-shot"]:
@@ -211,7 +214,10 @@ def run_few_shot(args: argparse.Namespace) -> int:
         unet=tuple(t for t in times if t > 0),
         unet_shots=tuple(map(int, longer)),
     )
-    sets = {args.images.resolve().name: (args.images, args.masks)} if args.suite is None else picture_sets(args.suite)
+    if args.suite is None:
+        sets = {args.images.resolve().name: (args.images, args.masks, holds_volumes(args.images))}
+    else:
+        sets = {f.name: (f / "images", f / "masks", volumes) for f, volumes in sets_of(args.suite)}
 
     def measure() -> int:
         backbone = StableDiffusionBackbone(args.backbone, args.revision, args.device)

@@ -52,10 +52,11 @@ def sets_of(suite: Path) -> list[tuple[Path, bool]]:
     sets = [f for f in sorted(suite.iterdir()) if (f / "images").is_dir() and (f / "masks").is_dir()]
     if not sets:
         raise ZeroSegError(f"{suite}: no set with the folders images/ and masks/ in it")
-    return [(folder, _holds_volumes(folder / "images")) for folder in sets]
+    return [(folder, holds_volumes(folder / "images")) for folder in sets]
 
 
-def _holds_volumes(images: Path) -> bool:
+def holds_volumes(images: Path) -> bool:
+    """Whether the first case of a folder is a volume; not where it cannot be read."""
     try:
         first = find_cases(images)[0]
         return first.kind == "dicom_series" or read_image(first).is_volume
