@@ -123,7 +123,7 @@ class Corpus:
             names = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".bmp"))
             if source.licence == "rows":
                 names = licensed(names, folder.parent / f"{folder.name}_licences.csv")
-            self.counts[folder.name] = len(names)
+            self.counts[folder.parent.name if folder.name == "images" else folder.name] = len(names)
             self.real.append([(np.asarray(Image.open(p).convert("RGB")), source.captions) for p in names])
         self.phantoms = [
             (image, (caption,)) for image, caption in zip(*draw_phantoms(phantoms, seed, cache), strict=True)

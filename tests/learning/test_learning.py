@@ -103,7 +103,9 @@ def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, infere
         assert torch.equal(a, b)
     further, _ = fit_shown([shown], classes, **few_steps, start=head)
     assert torch.equal(further.prior, head.network.prior)
-    assert not torch.equal(further.unet.final_conv.weight, head.network.unet.final_conv.weight)
+    for name in ("guided", "plain"):
+        now, before = (getattr(network, name).final_conv.weight for network in (further, head.network))
+        assert not torch.equal(now, before)
 
 
 def test_an_encoding_and_its_image_give_the_same_answer(head, inferer):
@@ -254,13 +256,25 @@ def test_a_network_begins_at_what_the_labels_say_of_the_foreground():
     def begin(foreground: torch.Tensor) -> torch.Tensor:
         network = FewShotNet(class_shares(foreground, truth)).eval()
         with torch.inference_mode():
-            return network(image, foreground).softmax(1)[0, 1]
+            return network(image, foreground)[0].softmax(1)[0, 1]
 
     # Right, exactly wrong, and half of all that is the object.
     assert torch.equal(begin(truth[:, 1:]) > 0.5, truth[0, 1] > 0.5)
     assert torch.equal(begin(truth[:, :1]) > 0.5, truth[0, 1] > 0.5)
     nowhere = begin(torch.zeros(1, 1, 32, 32))
     torch.testing.assert_close(nowhere, torch.full((32, 32), 0.5))
+
+
+def test_the_second_network_sees_the_image_alone_and_both_are_asked(head):
+    generator = torch.Generator().manual_seed(0)
+    image, mask = torch.rand(3, 32, 32, generator=generator), torch.zeros(1, 32, 32)
+    guided, plain = head.network(image[None], mask[None])
+    guided_inside, plain_inside = head.network(image[None], 1 - mask[None])
+    assert torch.equal(plain, plain_inside) and not torch.allclose(guided, guided_inside)
+    found = head.network.probabilities(image, mask)
+    torch.testing.assert_close(found.sum(0), torch.ones(32, 32))
+    turned = head.network.probabilities(image.flip(-2, -1), mask)
+    torch.testing.assert_close(found, turned.flip(-2, -1), atol=1e-5, rtol=1e-5)
 
 
 def test_components_have_a_deviation_of_one(inferer):

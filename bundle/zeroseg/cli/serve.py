@@ -17,7 +17,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -78,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
             folder = name == "backbone" and Path(value).is_dir()
             command += ["--conf", name, str(Path(value).resolve()) if folder else str(value)]
     print_addresses(args, remote)
-    # MONAI Label reads a .env file from the folder it is started in; an empty one has none, whatever lies about here.
-    os.chdir(tempfile.mkdtemp(prefix="zeroseg-serve-"))
+    # MONAI Label reads a .env file from the folder it is started in, whatever lies about there; the root has none.
+    os.chdir(os.sep)
     os.execv(sys.executable, command)
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 STEPS, BATCH = 300, 2
 """Steps at most, and images in each; of volumes two changed copies of one."""
-RATE, LEAST, DECAY = 2e-3, 1e-2, 1e-2
-"""Learning rate, which falls on a line, the share of it that is left in the end, and weight decay."""
+RATE, VOLUME_RATE, LEAST, DECAY = 1e-3, 2e-3, 1e-2, 1e-2
+"""Learning rates, of images and of volumes, which fall on a line, the share of them that is left in the end, and weight decay."""
 
 Network = TypeVar("Network", FewShotNet, VolumeNet)
 
@@ -132,9 +132,9 @@ def fit_shown(
     def look() -> tuple[Tensor, Tensor]:
         batch = _draw(len(images), BATCH, generator)
         image, changed = augment(images[batch], maps[batch], generator)
-        return network(image, changed[:, -1:]), changed[:, :-1]
+        return torch.cat(network(image, changed[:, -1:])), changed[:, :-1].repeat(2, 1, 1, 1)
 
-    return network, _learn(network, look, left, progress, cancelled, steps) | {"seed": seed}
+    return network, _learn(network, look, RATE, left, progress, cancelled, steps) | {"seed": seed}
 
 
 def fit_volumes(
@@ -168,20 +168,21 @@ def fit_volumes(
         scans, truths = change(scan, truth, generator)
         return network(scans), truths
 
-    facts = _learn(network, look, left, progress, cancelled, steps)
+    facts = _learn(network, look, VOLUME_RATE, left, progress, cancelled, steps)
     return network, {"volumes": len(seen), **facts, "seed": seed}
 
 
 def _learn(
     network: nn.Module,
     look: Callable[[], tuple[Tensor, Tensor]],
+    rate: float,
     left: Callable[[], float],
     progress: Callable[[int, int, float], None] | None,
     cancelled: Callable[[], bool] | None,
     steps: int,
 ) -> dict:
     """Step after step; ``look`` gives the logits of what was drawn for one, and the truth. Returns ``steps`` and ``train_dice``."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=DECAY)
     metric, best, done = 0.0, 0.0, 0
     while done < steps:
         _stop_if(cancelled)
@@ -189,7 +190,7 @@ def _learn(
         if spent >= 1 and done:
             break
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (LEAST + 1 - min(1.0, spent))
+            group["lr"] = rate * (LEAST + 1 - min(1.0, spent))
         with torch.enable_grad():
             loss, dice = loss_and_dice(*look())
             optimizer.zero_grad()

@@ -153,13 +153,9 @@ class LearnedHead:
 
         return decide(answer_slices(self.inferer, image, answer), self.labels)
 
-    @torch.inference_mode()
     def probabilities(self, shown: Shown) -> np.ndarray:
-        """(L + 1, H, W) float32 of what is shown of an image: the mean over its four mirror images."""
-        flips: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
-        images, foreground = (torch.stack([maps.flip(f) for f in flips]) for maps in (shown.image, shown.foreground))
-        logits = self.network(images, foreground)
-        shares = torch.stack([share.flip(f) for share, f in zip(logits.softmax(1), flips, strict=True)]).mean(0)
+        """(L + 1, H, W) float32 of what is shown of an image."""
+        shares = self.network.probabilities(shown.image, shown.foreground)
         return F.interpolate(shares[None], shown.size, mode="bilinear", align_corners=False)[0].numpy()
 
     def describe(self) -> dict[str, Any]:

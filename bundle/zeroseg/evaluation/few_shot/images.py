@@ -27,6 +27,7 @@ from zeroseg.learning.features import Reading, read_encoded
 from zeroseg.learning.fitting import BATCH, fit_shown, shares
 from zeroseg.learning.head import LearnedHead, expected_dice
 from zeroseg.learning.inputs import Shown, squeeze
+from zeroseg.learning.network import MIRRORS, mirrored
 
 NEIGHBOURS, SAMPLED = 15, 4000
 """Neighbours of a colour that vote, and pixels of each image they are chosen from."""
@@ -143,11 +144,8 @@ class ScratchUNet:
     @torch.inference_mode()
     def __call__(self, sample: ReadSample) -> np.ndarray:
         """(H, W) bool; the mean over the four mirror images."""
-        image = sample.reading.image
-        flips: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
-        logits = self._network(torch.stack([image.flip(f) for f in flips]))
-        mean = torch.stack([share.flip(f) for share, f in zip(logits.softmax(1), flips, strict=True)]).mean(0)
-        full = F.interpolate(mean[None], sample.truth.shape, mode="bilinear", align_corners=False)[0]
+        shares = mirrored(self._network, sample.reading.image, MIRRORS)
+        full = F.interpolate(shares[None], sample.truth.shape, mode="bilinear", align_corners=False)[0]
         return (full[1] > full[0]).numpy()
 
 
