@@ -244,6 +244,12 @@ def build_networks(vocab_size: int, seed: int):
     return vae, text_encoder, unet, scheduler
 
 
+def portable(word: str) -> str:
+    """A word of the command line, a folder in it without what lies above on this machine."""
+    path, equals, caption = word.partition("=")
+    return Path(path).name + equals + caption if Path(path).is_absolute() else word
+
+
 def written_scale(folder: Path) -> float:
     """What the latents of a written autoencoder are multiplied by."""
     return json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
@@ -377,7 +383,7 @@ class Trainer:
         )
         summary = {
             "command": "python scripts/training/train_backbone.py "
-            + " ".join("UNLABELLED_DIR" if word in self.args.images else word for word in self.args.command),
+            + " ".join("UNLABELLED_DIR" if word in self.args.images else portable(word) for word in self.args.command),
             "date": datetime.date.today().isoformat(),
             "hardware": f"{self.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "images": {**self.corpus.counts, "phantoms": len(self.corpus.phantoms)},

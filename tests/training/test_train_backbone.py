@@ -65,6 +65,22 @@ def unet_files(folder) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_written_weights(trained, tmp_path):
+    arguments, out = trained
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    main([*arguments[:-4], *folders, "--start", str(out), "--vae-steps", "2", "--unet-steps", "1", "--lr", "1e-3"])
+    before, after = verify_sums(out), verify_sums(tmp_path / "out")
+    kept = {name for name in before if before[name] == after[name]}
+    assert {name for name in kept if name.endswith(".safetensors")} == {"vae/diffusion_pytorch_model.safetensors"}
+    for name in ("tokenizer/tokenizer.json", "vae/config.json"):
+        read = [json.loads((folder / name).read_text()) for folder in (out, tmp_path / "out")]
+        assert read[0].get("scaling_factor") == read[1].get("scaling_factor")
+        assert read[0].get("model") == read[1].get("model")
+    command = json.loads((tmp_path / "out" / "training.json").read_text())["command"]
+    assert "--start out" in command and "--extra cells=blood cells" in command and str(tmp_path) not in command
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_can_be_exported_again(trained, tmp_path, capsys):
     arguments, out = trained
     elsewhere = [*arguments[:-1], str(tmp_path / "again")]
