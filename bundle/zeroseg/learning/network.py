@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from monai.networks.nets import BasicUNet
@@ -14,8 +14,8 @@ LEAST = 0.0067
 """Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
 
 
-MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1), (-1,), (-2,))
-"""Axes of the mirror images over which the guided network's answer is the mean; that of the other, which takes longer, is of the first two."""
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1))
+"""Axes of the mirror images over which an answer is the mean; of all four it is no better."""
 
 
 def class_shares(foreground: Tensor, truths: Tensor) -> Tensor:
@@ -66,21 +66,20 @@ class FewShotNet(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, image: Tensor, foreground: Tensor) -> Tensor:
-        """(3, S, S) and (1, S, S) -> (classes, S, S): the mean over both networks, each over mirror images of what it sees."""
-        guided = mirrored(self._guided, torch.cat([image, foreground]), MIRRORS)
-        return (guided + mirrored(self.plain, image, MIRRORS[:2])) / 2
+        """(3, S, S) and (1, S, S) -> (classes, S, S): the mean over both networks and the mirror images."""
+        guided = mirrored(self._guided, torch.cat([image, foreground]))
+        return (guided + mirrored(self.plain, image)) / 2
 
 
-def mirrored(network: Callable[[Tensor], Tensor], maps: Tensor, mirrors: Sequence[tuple[int, ...]]) -> Tensor:
+def mirrored(network: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
     """The mean of the probabilities that a network's logits give in mirror images, each turned back.
 
     Args:
         network: (B, C, S, S) -> logits (B, classes, S, S).
         maps: (C, S, S).
-        mirrors: axes along which each image is mirrored.
 
     Returns:
         (classes, S, S).
     """
-    shares = network(torch.stack([maps.flip(axes) for axes in mirrors])).softmax(1)
-    return torch.stack([share.flip(axes) for share, axes in zip(shares, mirrors, strict=True)]).mean(0)
+    shares = network(torch.stack([maps.flip(axes) for axes in MIRRORS])).softmax(1)
+    return torch.stack([share.flip(axes) for share, axes in zip(shares, MIRRORS, strict=True)]).mean(0)

@@ -27,7 +27,7 @@ from zeroseg.learning.features import Reading, read_encoded
 from zeroseg.learning.fitting import BATCH, fit_shown, shares
 from zeroseg.learning.head import LearnedHead, expected_dice
 from zeroseg.learning.inputs import Shown, squeeze
-from zeroseg.learning.network import MIRRORS, mirrored
+from zeroseg.learning.network import mirrored
 
 NEIGHBOURS, SAMPLED = 15, 4000
 """Neighbours of a colour that vote, and pixels of each image they are chosen from."""
@@ -143,8 +143,8 @@ class ScratchUNet:
 
     @torch.inference_mode()
     def __call__(self, sample: ReadSample) -> np.ndarray:
-        """(H, W) bool; the mean over the four mirror images."""
-        shares = mirrored(self._network, sample.reading.image, MIRRORS)
+        """(H, W) bool; the mean over mirror images."""
+        shares = mirrored(self._network, sample.reading.image)
         full = F.interpolate(shares[None], sample.truth.shape, mode="bilinear", align_corners=False)[0]
         return (full[1] > full[0]).numpy()
 
