@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
 from skimage.color import rgb2lab
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from zeroseg.attention.prepare import prepare
-from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, mask_alone, train_unet
+from zeroseg.evaluation.few_shot.neighbours import Neighbours
+from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, train_unet
 from zeroseg.evaluation.protocols import load_sample
 from zeroseg.hashing import file_sha256
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -25,12 +25,9 @@ from zeroseg.learning.augmentation import augment
 from zeroseg.learning.exemplar import Exemplar
 from zeroseg.learning.features import Reading, read_encoded
 from zeroseg.learning.fitting import BATCH, fit_shown, shares
-from zeroseg.learning.head import LearnedHead, expected_dice
+from zeroseg.learning.head import LearnedHead
 from zeroseg.learning.inputs import Shown, squeeze
 from zeroseg.learning.network import mirrored
-
-NEIGHBOURS, SAMPLED = 15, 4000
-"""Neighbours of a colour that vote, and pixels of each image they are chosen from."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +101,15 @@ class ColourNeighbours:
     """Every pixel takes the label that most of the pixels of nearest colour (CIE Lab) have in the given images."""
 
     def __init__(self, given: Sequence[ReadSample], seed: int):
-        rng = np.random.default_rng(seed)
-        colours, labels = [], []
-        for sample in given:
-            lab = self._lab(sample)
-            picked = rng.choice(len(lab), min(SAMPLED, len(lab)), replace=False)
-            colours.append(lab[picked])
-            labels.append(sample.truth.ravel()[picked])
-        labels, colours = np.concatenate(labels), np.concatenate(colours)
-        self._model = KNeighborsClassifier(min(NEIGHBOURS, len(labels))).fit(colours, labels)
+        self._known = Neighbours([self._lab(s) for s in given], [s.truth.ravel() for s in given], seed)
 
     @staticmethod
     def _lab(sample: ReadSample) -> np.ndarray:
         return rgb2lab(sample.guide.permute(1, 2, 0).numpy()).reshape(-1, 3)
 
     def __call__(self, sample: ReadSample) -> np.ndarray:
-        """(H, W) bool; colours are rounded to whole units, so that each is asked for once."""
-        unique, where = np.unique(self._lab(sample).round(), axis=0, return_inverse=True)
-        return self._model.predict(unique)[where.ravel()].reshape(sample.truth.shape)
+        """(H, W) bool."""
+        return self._known(self._lab(sample)).reshape(sample.truth.shape)
 
 
 class ScratchUNet:
@@ -170,8 +158,3 @@ class ImageMethods:
         yield "colour neighbours", mask_alone(ColourNeighbours(given, seed))
         for name, seconds in plan.unets(len(given)).items():
             yield name, mask_alone(ScratchUNet(given, seconds, seed))
-
-
-def decided(probabilities: np.ndarray) -> tuple[np.ndarray, float]:
-    """(2, ...) of background and object -> where the object is more probable, and the Dice that is expected of it."""
-    return probabilities.argmax(0) == 1, expected_dice(probabilities)

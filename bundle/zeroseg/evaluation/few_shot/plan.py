@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroseg.learning.fitting import loss_and_dice
+from zeroseg.learning.head import expected_dice
 
 UNET_RATE = 1e-3
 
@@ -62,6 +63,11 @@ Methods = Callable[[Sequence[S], Plan, int], Iterator[tuple[str, Answer[S]]]]
 def mask_alone(mask_of: Callable[[S], np.ndarray]) -> Answer[S]:
     """The answer of a method that expects no Dice."""
     return lambda sample: (mask_of(sample), None)
+
+
+def decided(probabilities: np.ndarray) -> tuple[np.ndarray, float]:
+    """(2, ...) of background and object -> where the object is more probable, and the Dice that is expected of it."""
+    return probabilities.argmax(0) == 1, expected_dice(probabilities)
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:

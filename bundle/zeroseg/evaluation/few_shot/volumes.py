@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from zeroseg.backbones.convolution import use_onednn
 from zeroseg.errors import ZeroSegError
-from zeroseg.evaluation.few_shot.images import NEIGHBOURS, SAMPLED, decided
-from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, mask_alone, train_unet
+from zeroseg.evaluation.few_shot.neighbours import Neighbours
+from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, train_unet
 from zeroseg.evaluation.volume_baselines import otsu
 from zeroseg.io import Case, read_image, to_unit_range
 from zeroseg.learning.cases import Case as LabelledCase
@@ -65,28 +64,20 @@ def read_volume(pair: tuple[Case, Case]) -> ReadVolume:
 
 
 class ValueNeighbours:
-    """Every voxel takes the label that most of the voxels of nearest value have in the given volumes."""
+    """Every voxel takes the label that most of the voxels of nearest value, in 256 steps, have in the given volumes."""
 
     def __init__(self, given: Sequence[ReadVolume], seed: int):
-        rng = np.random.default_rng(seed)
-        values, labels = [], []
-        for volume in given:
-            value, label = _values(volume), (volume.classes[1] > 0.5).flatten().numpy()
-            picked = rng.choice(len(value), min(SAMPLED, len(value)), replace=False)
-            values.append(value[picked])
-            labels.append(label[picked])
-        values, labels = np.concatenate(values), np.concatenate(labels)
-        self._model = KNeighborsClassifier(min(NEIGHBOURS, len(labels))).fit(values, labels)
+        labels = [(volume.classes[1] > 0.5).flatten().numpy() for volume in given]
+        self._known = Neighbours([self._values(volume) for volume in given], labels, seed)
+
+    @staticmethod
+    def _values(volume: ReadVolume) -> np.ndarray:
+        return 255 * volume.scan.flatten()[:, None].numpy()
 
     def __call__(self, volume: ReadVolume) -> np.ndarray:
-        """(X, Y, Z) bool; values are rounded to 256 steps, so that each is asked for once."""
-        unique, where = np.unique((_values(volume) * 255).round(), return_inverse=True)
-        found = self._model.predict(unique[:, None] / 255)[where.ravel()].reshape(volume.scan.shape)
+        """(X, Y, Z) bool."""
+        found = self._known(self._values(volume)).reshape(volume.scan.shape)
         return volume.enlarged(torch.from_numpy(found.astype(np.float32)))[0] > 0.5
-
-
-def _values(volume: ReadVolume) -> np.ndarray:
-    return volume.scan.flatten()[:, None].numpy()
 
 
 class ScratchUNet3d:
