@@ -250,11 +250,6 @@ def portable(word: str) -> str:
     return Path(path).name + equals + caption if Path(path).is_absolute() else word
 
 
-def written_scale(folder: Path) -> float:
-    """What the latents of a written autoencoder are multiplied by."""
-    return json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
-
-
 class Trainer:
     """Two phases (autoencoder, then diffusion), each resumable; see ``phases``."""
 
@@ -290,7 +285,8 @@ class Trainer:
         for name, network in (("vae", self.vae), ("text_encoder", self.text), ("unet", self.unet)):
             written = type(network).from_pretrained(folder / name, use_safetensors=True)
             network.load_state_dict(written.float().state_dict())
-        self.vae.register_to_config(scaling_factor=written_scale(folder))
+            if name == "vae":
+                self.vae.register_to_config(scaling_factor=written.config.scaling_factor)
 
     def _tokenizer(self):
         from transformers import CLIPTokenizer

@@ -1,4 +1,4 @@
-"""The network that learns from a few labelled images: MONAI's ``BasicUNet``, which begins at what the frozen model finds without a label."""
+"""What learns from a few labelled images: MONAI's ``BasicUNet`` twice, of which one begins at what the frozen model finds without a label."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ WIDTHS = (16, 16, 32, 64, 128, 16)
 """Channels of the guided network's levels, half of ``BasicUNet``'s own: a step of it takes almost a third of the other's time."""
 LEAST = 0.0067
 """Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
-
-
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1))
 """Axes of the mirror images over which an answer is the mean; of all four it is no better."""
 

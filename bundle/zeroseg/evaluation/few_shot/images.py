@@ -10,13 +10,12 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import BasicUNet
 from skimage.color import rgb2lab
 from torch import Tensor
 
 from zeroseg.attention.prepare import prepare
 from zeroseg.evaluation.few_shot.neighbours import Neighbours
-from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, train_unet
+from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, trained_unet
 from zeroseg.evaluation.protocols import load_sample
 from zeroseg.hashing import file_sha256
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
@@ -116,18 +115,14 @@ class ScratchUNet:
     """MONAI's ``BasicUNet`` from random weights: the same images, size, changes, loss and processor time as the head."""
 
     def __init__(self, given: Sequence[ReadSample], seconds: float, seed: int):
-        left, generator = budget(seconds), torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._network = BasicUNet(2, 3, 2)
         images = torch.stack([s.reading.image for s in given])
         truths = torch.stack([squeeze(s.classes) for s in given])
 
-        def look() -> tuple[Tensor, Tensor]:
+        def look(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             batch = torch.randint(len(images), (BATCH,), generator=generator)
             return augment(images[batch], truths[batch], generator)
 
-        train_unet(self._network, look, left)
+        self._network = trained_unet(2, 3, look, seconds, seed)
 
     @torch.inference_mode()
     def __call__(self, sample: ReadSample) -> np.ndarray:

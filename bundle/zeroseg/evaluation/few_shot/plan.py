@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from monai.networks.nets import BasicUNet
+from torch import Tensor
 
 from zeroseg.learning.fitting import loss_and_dice
 from zeroseg.learning.head import expected_dice
@@ -70,34 +71,41 @@ def decided(probabilities: np.ndarray) -> tuple[np.ndarray, float]:
     return probabilities.argmax(0) == 1, expected_dice(probabilities)
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Dice of two bool masks, of which the second is not empty."""
-    return 2 * np.count_nonzero(prediction & truth) / (np.count_nonzero(prediction) + np.count_nonzero(truth))
-
-
 def budget(seconds: float) -> Callable[[], float]:
     """A function that gives the share that is left of some seconds of processor time."""
     began = time.process_time()
     return lambda: 1 - (time.process_time() - began) / seconds
 
 
-def train_unet(network: nn.Module, look: Callable[[], tuple[Tensor, Tensor]], left: Callable[[], float]) -> None:
-    """Train a network until its time is up, one step at least, by the loss that the learned head has.
+def trained_unet(
+    dimensions: int,
+    channels: int,
+    look: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    seconds: float,
+    seed: int,
+) -> BasicUNet:
+    """MONAI's ``BasicUNet`` from random weights, trained until its time is up, one step at least, by the loss that the learned head has.
 
     Args:
-        network: from random weights.
+        dimensions: of an image, 2 or 3.
+        channels: of it.
         look: gives what a step looks at: images and truths, both changed at random.
-        left: the share of the time that is left.
+        seconds: of processor time.
+        seed: of the weights, and of the generator that ``look`` is given.
     """
+    left, generator = budget(seconds), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = BasicUNet(dimensions, channels, 2)
     optimizer = torch.optim.AdamW(network.parameters(), UNET_RATE, weight_decay=1e-2)
     steps = 0
     while steps == 0 or left() > 0:
         for group in optimizer.param_groups:
             group["lr"] = UNET_RATE * (1e-2 + max(0.0, left()))
-        image, truth = look()
+        image, truth = look(generator)
         loss, _ = loss_and_dice(network(image), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         steps += 1
-    network.eval()
+    return network.eval()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.evaluation.clicks import overlap
 from zeroseg.evaluation.few_shot.images import ImageMethods, read_sample
-from zeroseg.evaluation.few_shot.plan import Methods, Plan, Sample, dice
+from zeroseg.evaluation.few_shot.plan import Methods, Plan, S
 from zeroseg.evaluation.few_shot.report import summarise, tables
 from zeroseg.evaluation.few_shot.volumes import read_volume, volume_methods
 from zeroseg.evaluation.pairs import find_pairs
@@ -21,9 +21,6 @@ from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.io import Case, versions, write_json
 
 COLUMNS = ("set", "seed", "shots", "method", "case", "dice", "expected_dice")
-
-
-S = TypeVar("S", bound=Sample)
 
 
 def measure_set(name: str, samples: Sequence[S], methods: Methods[S], plan: Plan) -> list[dict]:
@@ -36,8 +33,9 @@ def measure_set(name: str, samples: Sequence[S], methods: Methods[S], plan: Plan
             for method, answer in methods(given, plan, seed):
                 for sample in rest:
                     mask, expected = answer(sample)
+                    dice, _ = overlap(mask, sample.truth)
                     row = {"set": name, "seed": seed, "shots": shots, "method": method, "case": sample.stem}
-                    rows.append(row | {"dice": dice(mask, sample.truth), "expected_dice": expected})
+                    rows.append(row | {"dice": dice, "expected_dice": expected})
     return rows
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import BasicUNet
 from torch import Tensor
 
 from zeroseg.backbones.convolution import use_onednn
 from zeroseg.errors import ZeroSegError
 from zeroseg.evaluation.few_shot.neighbours import Neighbours
-from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, train_unet
+from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, trained_unet
 from zeroseg.evaluation.volume_baselines import otsu
 from zeroseg.io import Case, read_image, to_unit_range
 from zeroseg.learning.cases import Case as LabelledCase
@@ -84,17 +83,12 @@ class ScratchUNet3d:
     """MONAI's ``BasicUNet`` as it comes, from random weights: the same squeezed volumes, changes, loss and processor time as the head."""
 
     def __init__(self, given: Sequence[ReadVolume], seconds: float, seed: int):
-        left, generator = budget(seconds), torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._network = BasicUNet(3, 1, 2)
-
-        def look() -> tuple[Tensor, Tensor]:
+        def look(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             one = given[int(torch.randint(len(given), (), generator=generator))]
             scan, classes = (values.expand(BATCH, *values.shape) for values in (one.scan, one.classes))
             return change(scan, classes, generator)
 
-        train_unet(self._network, look, left)
+        self._network = trained_unet(3, 1, look, seconds, seed)
 
     @torch.inference_mode()
     def __call__(self, volume: ReadVolume) -> np.ndarray:
