@@ -71,7 +71,8 @@ def test_it_learns_from_two_images_over_the_embedded_model(embedded_backbone):
     shown = [show_encoded(inferer, inferer.encode_prepared(part.image)) for part in parts]
     classes = [shares(part.classes, 3) for part in parts]
     network, facts = fit_shown(shown, classes, left=lambda: 1.0, steps=40, progress=lambda *now: seen.append(now))
-    assert [now[:2] for now in seen] == [(10, 40), (20, 40), (30, 40), (40, 40)] and facts["steps"] == 40
+    # Two networks make 40 steps each.
+    assert [now[:2] for now in seen] == [(n, 80) for n in range(10, 90, 10)] and facts["steps"] == 80
     learned = LearnedHead(inferer, network, LABELS, facts)
     image, label = scene(2)
     found = learned.predict(image)
@@ -86,7 +87,7 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
     volume, labels = np.stack([image[:1]] * 3, -1), np.stack([label, label, 0 * label], -1)
     head = fit([Case(image, label), Case(volume, labels)], inferer, labels=LABELS, seconds=0.01)
     facts = head.describe()
-    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 1, LABELS)
+    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 2, LABELS)
     found = head.predict(volume)
     assert found.label_map.shape == (64, 64, 3) and found.probabilities.shape == (3, 64, 64, 3)
     assert found.certainty.shape == (64, 64, 3) and 0 <= found.confidence <= 1

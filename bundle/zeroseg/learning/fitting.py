@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,12 +24,14 @@ from zeroseg.learning.volumes import VolumeNet, change
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
-STEPS, BATCH = 300, 2
-"""Steps at most, and images in each; of volumes two changed copies of one."""
+STEPS, BATCH = 400, 2
+"""Steps at most of each network, and images in each; of volumes two changed copies of one."""
 RATE, VOLUME_RATE, LEAST, DECAY = 1e-3, 2e-3, 1e-2, 1e-2
 """Learning rates, of images and of volumes, which fall on a line, the share of them that is left in the end, and weight decay."""
 
 Network = TypeVar("Network", FewShotNet, VolumeNet)
+Look = Callable[[], tuple[Tensor, Tensor]]
+"""What a network looks at in a step: gives its logits of what was drawn, and the truth."""
 
 
 class Stopped(ZeroSegError):
@@ -54,11 +59,12 @@ def fit(
         labels: name -> value in the labels, 1 to 255.
         seconds: after which learning ends at the latest; reading the images counts for half of it at most.
         progress: called as ``progress(epoch, total_epochs, best_metric)``; the metric is the Dice so far on the given images,
-            changed at random. A total may be reached early where the time is up.
-        cancelled: asked between steps.
+            changed at random, of all networks the worst. The total counts the steps of all networks and may not be reached where
+            the time is up.
+        cancelled: asked between steps; as ``progress`` from several threads, one at a time.
         seed: of every random number. Equal input, settings and number of steps give equal heads.
         start: a head to go on from; of the same labels and backbone.
-        steps: after which learning ends at the latest.
+        steps: of each network, after which it learns no further.
 
     Raises:
         Stopped: ``cancelled`` said so.
@@ -120,21 +126,27 @@ def fit_shown(
         other arguments: as ``fit``.
 
     Returns:
-        the network, and ``steps``, ``train_dice`` and ``seed``.
+        the network, and ``steps`` (of both its networks), ``train_dice`` and ``seed``.
     """
-    generator = torch.Generator().manual_seed(seed)
     images = torch.stack([s.image for s in shown])
     truths = torch.stack([squeeze(c) for c in classes])
     foreground = torch.stack([s.foreground for s in shown])
     maps = torch.cat([truths, foreground], 1)
     network = _begin(lambda: FewShotNet(class_shares(foreground, truths)), seed, start)
 
-    def look() -> tuple[Tensor, Tensor]:
-        batch = _draw(len(images), BATCH, generator)
-        image, changed = augment(images[batch], maps[batch], generator)
-        return torch.cat(network(image, changed[:, -1:])), changed[:, :-1].repeat(2, 1, 1, 1)
+    def looks(answer: Callable[[Tensor, Tensor], Tensor], seed: int) -> Look:
+        generator = torch.Generator().manual_seed(seed)
 
-    return network, _learn(network, look, RATE, left, progress, cancelled, steps) | {"seed": seed}
+        def look() -> tuple[Tensor, Tensor]:
+            batch = _draw(len(images), BATCH, generator)
+            image, changed = augment(images[batch], maps[batch], generator)
+            return answer(image, changed[:, -1:]), changed[:, :-1]
+
+        return look
+
+    guided = network.guided, looks(network.guided_logits, seed)
+    plain = network.plain, looks(lambda image, _: network.plain(image), seed + 1)
+    return network, _learn([guided, plain], RATE, left, progress, cancelled, steps) | {"seed": seed}
 
 
 def fit_volumes(
@@ -168,25 +180,44 @@ def fit_volumes(
         scans, truths = change(scan, truth, generator)
         return network(scans), truths
 
-    facts = _learn(network, look, VOLUME_RATE, left, progress, cancelled, steps)
+    facts = _learn([(network, look)], VOLUME_RATE, left, progress, cancelled, steps)
     return network, {"volumes": len(seen), **facts, "seed": seed}
 
 
 def _learn(
-    network: nn.Module,
-    look: Callable[[], tuple[Tensor, Tensor]],
+    parts: Sequence[tuple[nn.Module, Look]],
     rate: float,
     left: Callable[[], float],
     progress: Callable[[int, int, float], None] | None,
     cancelled: Callable[[], bool] | None,
     steps: int,
 ) -> dict:
-    """Step after step; ``look`` gives the logits of what was drawn for one, and the truth. Returns ``steps`` and ``train_dice``."""
+    """Networks that learn side by side, each with what it looks at. Returns ``steps`` of all, and ``train_dice`` of the worst."""
+    reports = _Reports(len(parts), steps, progress, cancelled)
+    if len(parts) == 1:
+        _learn_one(0, *parts[0], rate, left, reports)
+    else:
+        # Small convolutions hardly share work: a core for each network makes half as many steps again as all cores for one.
+        with _one_thread_each(), ThreadPoolExecutor(len(parts)) as pool:
+            running = [pool.submit(_learn_one, i, *part, rate, left, reports) for i, part in enumerate(parts)]
+            try:
+                for one in as_completed(running):
+                    one.result()
+            except BaseException:
+                # Ctrl-C among them: what still learns is not waited for.
+                reports.stop()
+                raise
+    return {"steps": sum(reports.done), "train_dice": round(min(reports.dice), 4)}
+
+
+def _learn_one(
+    index: int, network: nn.Module, look: Look, rate: float, left: Callable[[], float], reports: _Reports
+) -> None:
+    """Step after step of one network."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=DECAY)
-    metric, best, done = 0.0, 0.0, 0
-    while done < steps:
-        _stop_if(cancelled)
-        spent = max(done / steps, 1 - left())
+    for done in range(reports.steps):
+        reports.stop_if_asked()
+        spent = max(done / reports.steps, 1 - left())
         if spent >= 1 and done:
             break
         for group in optimizer.param_groups:
@@ -197,12 +228,58 @@ def _learn(
             loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        done += 1
-        metric = dice if done == 1 else 0.9 * metric + 0.1 * dice
-        best = max(best, metric)
-        if progress is not None and (done % 10 == 0 or done == steps):
-            progress(done, steps, best)
-    return {"steps": done, "train_dice": round(metric, 4)}
+        reports.step(index, dice)
+
+
+class _Reports:
+    """How far networks are that learn side by side, and whether they are to stop.
+
+    Attributes:
+        done: steps of each.
+        dice: the running mean of each.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        steps: int,
+        progress: Callable[[int, int, float], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ):
+        self.steps, self.done, self.dice = steps, [0] * count, [0.0] * count
+        self._progress, self._cancelled = progress, cancelled
+        self._best, self._stopped, self._lock = 0.0, False, threading.Lock()
+
+    def step(self, index: int, dice: float) -> None:
+        """A network has made a step."""
+        with self._lock:
+            self.done[index] += 1
+            self.dice[index] = dice if self.done[index] == 1 else 0.9 * self.dice[index] + 0.1 * dice
+            self._best = max(self._best, min(self.dice))
+            made, total = sum(self.done), self.steps * len(self.done)
+            if self._progress is not None and (made % 10 == 0 or made == total):
+                self._progress(made, total, self._best)
+
+    def stop(self) -> None:
+        """Let every network stop before its next step."""
+        self._stopped = True
+
+    def stop_if_asked(self) -> None:
+        """Raise ``Stopped`` where one is to stop, and for all others from then on."""
+        with self._lock:
+            self._stopped = self._stopped or (self._cancelled is not None and self._cancelled())
+        _stop_if(lambda: self._stopped)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that begin within have one core each for torch's operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _begin(make: Callable[[], Network], seed: int, start: LearnedHead | None) -> Network:

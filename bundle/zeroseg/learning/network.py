@@ -56,7 +56,11 @@ class FewShotNet(nn.Module):
 
     def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) and (B, 1, S, S), both in [0, 1] -> logits (B, classes, S, S) of both networks, the guided one first."""
-        return self._guided(torch.cat([image, foreground], 1)), self.plain(image)
+        return self.guided_logits(image, foreground), self.plain(image)
+
+    def guided_logits(self, image: Tensor, foreground: Tensor) -> Tensor:
+        """As ``forward``, of the guided network alone."""
+        return self._guided(torch.cat([image, foreground], 1))
 
     def _guided(self, both: Tensor) -> Tensor:
         outside, inside = self.prior[:, None, :, None, None]

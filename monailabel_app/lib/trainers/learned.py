@@ -20,12 +20,13 @@ from lib.scoring.learned import unseen_scores
 from lib.submissions import read_all, submitted, values_of_all
 from zeroseg.errors import ZeroSegError
 from zeroseg.learning import Case, LearnedHead, as_volumes, fit
+from zeroseg.learning.fitting import STEPS
 
 logger = logging.getLogger(__name__)
 
 NICENESS = 5
 """The training gives way to the server, which answers meanwhile."""
-CONFIG = {"seconds": 60.0, "steps": 200, "from_scratch": False, "seed": 0}
+CONFIG = {"seconds": 60.0, "steps": STEPS, "from_scratch": False, "seed": 0}
 
 
 class LearnedTrainer(TrainTask):
