@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroseg.tumor.adapters import ROLES, AovaAdapters, local_mean, role_margin, top_mean
+from zeroseg.tumor.adapters import ROLES, AovaAdapters, ScanNorm, local_mean, role_margin, top_mean
 
 CHANNELS, DIM = (4, 6, 8), 10
 
@@ -208,3 +208,29 @@ def test_the_unet_looks_further_than_a_voxel(features):
     changed = [f.clone() for f in features]
     changed[2][..., :1] += 1
     assert (net.adapt(changed)[0] - net.adapt(features)[0]).abs()[:, :, -1].max() > 0
+
+
+def test_read_as_a_whole_a_scan_is_seen_by_its_own_mean_and_deviation(features):
+    net = adapters(alpha=1.0, deeper=(10, 12), whole_mm=4.0).eval()
+    with torch.no_grad():
+        for norm in (m for m in net.modules() if isinstance(m, ScanNorm)):
+            seen = norm(3 * features[0][:, :1].expand(1, norm.gain.shape[1], -1, -1, -1) + 7)
+            torch.testing.assert_close(seen.mean((2, 3, 4)), torch.zeros(1, norm.gain.shape[1]), atol=1e-5, rtol=0)
+            torch.testing.assert_close(seen.std((2, 3, 4), correction=0), torch.ones(1, norm.gain.shape[1]))
+    # Small scans end in maps of one voxel.
+    single = [f[..., : 4 >> n, : 4 >> n, : 4 >> n] for n, f in enumerate(features)]
+    assert all(torch.isfinite(level).all() for level in net.train().adapt(single))
+
+
+@pytest.mark.parametrize(
+    ("shape", "voxel_ml", "size"),
+    [
+        ((48, 48, 48), 0.027, (32, 32, 32)),
+        ((64, 96, 16), 0.064, (64, 96, 16)),
+        ((32, 32, 32), 0.512, (64, 64, 64)),
+        ((192, 192, 192), 0.064, (96, 96, 96)),
+    ],
+    ids=["coarser", "as it is", "finer", "large"],
+)
+def test_the_grid_of_a_scan_read_as_a_whole(shape, voxel_ml, size):
+    assert adapters(deeper=(10, 12), whole_mm=4.0).whole_size(shape, voxel_ml, 16) == size

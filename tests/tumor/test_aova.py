@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.errors import WeightsError
 from zeroseg.tumor import aova
-from zeroseg.tumor.aova import aova_map, blend, encode_features, load_adapters, window_slices
+from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.aova import aova_map, blend, encode_features, healthy_margin_loss, load_adapters, window_slices
 from zeroseg.tumor.prompts import prompt_set
 
 
@@ -74,6 +76,29 @@ def test_many_windows_with_and_without_kept_features(tiny_maisi, adapters, asked
     a, b = (aova_map(tiny_maisi, adapters, e, *asked) for e in (kept, fresh))
     torch.testing.assert_close(a.margin, b.margin)
     assert a.margin.shape == (48, 32, 40) and a.image_logit == pytest.approx(b.image_logit)
+
+
+def test_a_scan_read_as_a_whole_is_read_once_on_a_grid_of_its_own(tiny_maisi, adapters, asked):
+    options = {**adapters.options, "deeper": (8, 8), "whole_mm": 6.0}
+    torch.manual_seed(0)
+    whole = AovaAdapters(**options).eval().requires_grad_(False)
+    volume = torch.rand(1, 1, 48, 32, 80, generator=torch.Generator().manual_seed(0))
+    encoded = encode_features(tiny_maisi, whole, volume)
+    (place, adapted), *others = encoded.pieces
+    assert not others and [s.stop for s in place] == [48, 32, 80] and adapted[0].shape[:3] == (24, 16, 40)
+    found = aova_map(tiny_maisi, whole, encoded, *asked)
+    seen = F.interpolate(volume, (24, 16, 40), mode="area")
+    with torch.inference_mode():
+        expected = whole(tiny_maisi.features(seen), *asked, voxel_ml=0.027 * 8)
+    enlarged = F.interpolate(expected.margin[None, None], (48, 32, 80), mode="trilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(found.margin, enlarged)
+    assert found.image_logit == pytest.approx(float(expected.image_logit), abs=1e-4)
+    # The latent is that of the model's own grid, window by window.
+    torch.testing.assert_close(encoded.latent, encode_features(tiny_maisi, adapters, volume).latent)
+    region = np.zeros((48, 32, 80), bool)
+    region[10:20, 10:20, 10:20] = True
+    unchanged = healthy_margin_loss(tiny_maisi, whole, encoded, torch.zeros_like(volume), region, *asked)
+    assert unchanged.shape == region.shape and np.abs(unchanged).max() < 1e-4
 
 
 def test_adapters_carry_the_fusion_and_their_sum(tiny_tumor_model, tmp_path):

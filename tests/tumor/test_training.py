@@ -37,7 +37,7 @@ from zeroseg.tumor.training import (
     volume_terms,
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
-from zeroseg.tumor.training.samples import augmented
+from zeroseg.tumor.training.samples import augmented, beside
 from zeroseg.tumor.training.trainer import Steps
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
@@ -186,7 +186,7 @@ def test_a_unet_trains_on_whole_volumes_with_grown_lesions(model, material, tmp_
         out=tmp_path,
         work=tmp_path / "work",
         schedule=Schedule(steps=0, volume_steps=3, batch=1, minutes=5),
-        sampling=Sampling(crop=16, grown=1.0, scales=(0.6, 1.2)),
+        sampling=Sampling(crop=16, grown=1.0, scales=(0.6, 1.2), recoloured=0.5, healthy_part=0.5),
         adapters={"deeper": [8, 8]},
         fusion_volumes=0,
     )
@@ -263,6 +263,34 @@ def test_losses_reward_the_right_answer():
     aligned = volume_terms(output, prompts, ROLES, target)["align"]
     output.pooled = prompts.roll(1, 0)
     assert aligned < volume_terms(output, prompts, ROLES, target)["align"]
+
+
+def test_what_lies_beside_a_lesion_is_a_healthy_part_of_whole_windows():
+    target = torch.zeros(48, 32, 64, dtype=torch.bool)
+    target[20:30, :, 40:50] = True
+    found = [beside(target, np.random.default_rng(seed), 16) for seed in range(40)]
+    everything = slice(None)
+    for place in (
+        (slice(0, 16), everything, everything),
+        (slice(32, 48), everything, everything),
+        (everything, everything, slice(0, 32)),
+    ):
+        assert place in found and not target[place].any()
+        found = [other for other in found if other != place]
+    assert not found
+    assert beside(torch.ones(16, 16, 16, dtype=torch.bool), np.random.default_rng(0), 16) is None
+
+
+def test_recoloured_volumes_keep_their_range_and_lose_their_order():
+    volume = torch.linspace(0, 1, 4096).reshape(1, 1, 16, 16, 16)
+    target = torch.zeros(16, 16, 16, dtype=torch.bool)
+    turned = 0
+    for seed in range(20):
+        changed, _ = augmented(volume, target, np.random.default_rng(seed), "ct", recoloured=1.0)
+        plain, _ = augmented(volume, target, np.random.default_rng(seed), "ct")
+        assert 0 <= changed.min() and changed.max() <= 1
+        turned += np.corrcoef(changed.sort().values.flatten(), plain.sort().values.flatten())[0, 1] < 0.9
+    assert turned > 5
 
 
 def test_a_crop_holds_some_of_the_lesion():

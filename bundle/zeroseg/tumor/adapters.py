@@ -13,7 +13,7 @@ encoder are frozen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 ROLES = ("normal", "abnormal", "null")
 VOXEL_ML = 0.027
 """Millilitres of a voxel of 3 mm, the embedded model's."""
+WHOLE_VOXELS = 96**3
+"""Most voxels of a scan that is read as a whole; larger ones are read more coarsely."""
 
 
 @dataclass
@@ -166,13 +168,26 @@ class Norm(nn.Module):
         return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.gain
 
 
-class Block(nn.Module):
-    """Two convolutions of 3 voxels and a residual."""
+class ScanNorm(nn.Module):
+    """Features brought to the mean and deviation that their channel has in the scan; torch's instance norm takes no map of one voxel."""
 
     def __init__(self, channels: int):
         super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread, middle = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+        return (x - middle) * (spread + 1e-5).rsqrt() * self.gain + self.shift
+
+
+class Block(nn.Module):
+    """Two convolutions of 3 voxels and a residual, after the norm that ``norm`` makes."""
+
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
         self.body = nn.Sequential(
-            Norm(channels),
+            norm(channels),
             nn.Conv3d(channels, channels, 3, padding=1),
             nn.GELU(),
             nn.Conv3d(channels, channels, 3, padding=1),
@@ -191,20 +206,23 @@ class Surroundings(nn.Module):
     Args:
         channels: of the encoder's stages, finest first.
         deeper: channels of the levels below the coarsest stage, each half as fine.
+        whole: it is always shown a whole scan. Features are then brought to the scan's own mean and deviation, so that what stands out
+            is told from what is usual there, whatever the modality.
     """
 
-    def __init__(self, channels: Sequence[int], deeper: Sequence[int]):
+    def __init__(self, channels: Sequence[int], deeper: Sequence[int], whole: bool = False):
         super().__init__()
         widths = [*channels, *deeper]
+        norm = ScanNorm if whole else Norm
         self.enter = nn.ModuleList(nn.Conv3d(c, c, 1) for c in channels)
         self.down = nn.ModuleList(
-            nn.Sequential(Block(a), Norm(a), nn.Conv3d(a, b, 2, stride=2))
+            nn.Sequential(Block(a, norm), norm(a), nn.Conv3d(a, b, 2, stride=2))
             for a, b in zip(widths[len(channels) - 1 :], widths[len(channels) :], strict=False)
         )
-        self.bottom = Block(widths[-1])
+        self.bottom = Block(widths[-1], norm)
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(widths))
         # At full size, where a convolution costs as much as all else together, the sum is enough.
-        self.merge = nn.ModuleList([nn.Identity(), *(Block(a) for a in widths[1:-1])])
+        self.merge = nn.ModuleList([nn.Identity(), *(Block(a, norm) for a in widths[1:-1])])
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Per stage (1, C_l, X_l, Y_l, Z_l) standardised features -> the same shapes. Sides that do not halve evenly are
@@ -245,6 +263,8 @@ class AovaAdapters(nn.Module):
             coarser stages see further anyway.
         deeper: channels of the levels that a ``Surroundings`` adds below the coarsest stage: T of all stages is then that U-Net, and
             ``hidden`` and ``context`` are of no use. (): T is the paper's, two linear layers a stage.
+        whole_mm: side of the voxels on which a scan is read as a whole, by a U-Net (``deeper``) that takes it so; None: scans are read
+            on the model's own grid, window by window.
         top_ml: millilitres that decide about the image: about the smallest lesion worth showing. A share of the volume would
             let the field of view decide, a number of voxels their size.
     """
@@ -258,8 +278,11 @@ class AovaAdapters(nn.Module):
         context: Sequence[Sequence[int]] = ((), (3, 7), (3, 7)),
         top_ml: float = 20 * VOXEL_ML,
         deeper: Sequence[int] = (),
+        whole_mm: float | None = None,
     ):
         super().__init__()
+        if whole_mm is not None and (whole_mm <= 0 or not deeper):
+            raise ValueError("whole_mm must be positive and needs the levels of deeper")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
         if len(context) != len(channels):
@@ -272,13 +295,14 @@ class AovaAdapters(nn.Module):
             "context": [list(c) for c in context],
             "top_ml": top_ml,
             "deeper": list(deeper),
+            "whole_mm": whole_mm,
         }
-        self.top_ml = top_ml
+        self.top_ml, self.whole_mm = top_ml, whole_mm
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
         self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
         self.sha256: str | None = None  # of the file they were loaded from
         self.alpha = alpha
-        self.surroundings = Surroundings(channels, deeper) if deeper else None
+        self.surroundings = Surroundings(channels, deeper, whole_mm is not None) if deeper else None
         own = 0.0 if deeper else alpha
         self.stages = nn.ModuleList(
             StageAdapter(c, text_dim, own, hidden * c, around) for c, around in zip(channels, context, strict=True)
@@ -314,6 +338,12 @@ class AovaAdapters(nn.Module):
             ValueError: roles and prompts do not fit.
         """
         return self.attend(self.adapt(features), prompts, roles, voxel_ml)
+
+    def whole_size(self, shape: Sequence[int], voxel_ml: float, multiple: int) -> tuple[int, ...]:
+        """Sides, multiples of ``multiple``, at which a volume of (X, Y, Z) voxels of so many millilitres is read as a whole."""
+        voxel_mm = (1000 * voxel_ml) ** (1 / 3)
+        coarsen = max(float(self.whole_mm or voxel_mm) / voxel_mm, (math.prod(shape) / WHOLE_VOXELS) ** (1 / 3))
+        return tuple(max(1, round(n / coarsen / multiple)) * multiple for n in shape)
 
     def adapt(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Raw stage features -> F' per stage as (X_l, Y_l, Z_l, C_l). It knows no prompt, so many can share it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from torch import Tensor
 
@@ -120,11 +121,15 @@ def encode_features(
     floats = sum(c / 8**level for level, c in enumerate(channels)) * sum(_voxels(p) for p in places)
     keep = len(places) == 1 or 4 * floats <= FEATURE_BYTES
     pieces: list[tuple[Slices, tuple[Tensor, ...] | None]] = []
+    if adapters.whole_mm is not None:
+        everything = slice(0, volume.shape[2]), slice(0, volume.shape[3]), slice(0, volume.shape[4])
+        pieces.append((everything, _adapted(backbone, adapters, volume, voxel_ml)))
 
     def latents() -> Iterator[tuple[Slices, Tensor]]:
         for place in places:
             reading = backbone.read(volume[(..., *place)])
-            pieces.append((place, adapters.adapt(reading.features) if keep else None))
+            if adapters.whole_mm is None:
+                pieces.append((place, adapters.adapt(reading.features) if keep else None))
             x, y, z = (slice(s.start // backbone.factor, s.stop // backbone.factor) for s in place)
             yield (x, y, z), reading.latent[0]
 
@@ -155,11 +160,14 @@ def aova_map(
     def margins() -> Iterator[tuple[Slices, Tensor]]:
         for place, adapted in encoded.pieces:
             if adapted is None:
-                adapted = adapters.adapt(backbone.features(encoded.volume[(..., *place)]))
-            output = adapters.attend(adapted, prompts, roles, encoded.voxel_ml)
+                adapted = _adapted(backbone, adapters, encoded.volume[(..., *place)], encoded.voxel_ml)
+            size = [s.stop - s.start for s in place]
+            # A scan read as a whole has other voxels.
+            voxel_ml = encoded.voxel_ml * math.prod(size) / math.prod(adapted[0].shape[:3])
+            output = adapters.attend(adapted, prompts, roles, voxel_ml)
             logits.append(float(output.image_logit))
             contrasts.append(float(output.null_contrast) if output.null_contrast is not None else math.inf)
-            yield place, output.margin[None]
+            yield place, _resized(output.margin[None], size)
 
     margin = blend(margins(), encoded.volume.shape[2:])[0]
     return AovaMap(margin, max(logits), max(contrasts))
@@ -199,9 +207,10 @@ def healthy_margin_loss(
                 continue
             part = (..., *place)
             if adapted is None:
-                adapted = adapters.adapt(backbone.features(encoded.volume[part]))
-            healthy = adapters.adapt(backbone.features((encoded.volume[part] + change[part]).clamp(0, most)))
-            yield place, feature_residual(adapters, adapted, healthy, prompts, roles)[None]
+                adapted = _adapted(backbone, adapters, encoded.volume[part], encoded.voxel_ml)
+            changed = (encoded.volume[part] + change[part]).clamp(0, most)
+            healthy = _adapted(backbone, adapters, changed, encoded.voxel_ml)
+            yield place, _resized(feature_residual(adapters, adapted, healthy, prompts, roles)[None], size)
 
     return blend(losses(), encoded.volume.shape[2:])[0].float().cpu().numpy()
 
@@ -252,6 +261,22 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
     adapters.fusion, adapters.presence = config.get("fusion"), config.get("presence")
     adapters.sha256 = file_sha256(path)
     return use_onednn(adapters).eval().requires_grad_(False)
+
+
+def _adapted(backbone: MaisiBackbone, adapters: AovaAdapters, volume: Tensor, voxel_ml: float) -> tuple[Tensor, ...]:
+    """What the adapters make of a (1, 1, X, Y, Z) window, or of a whole scan on the grid that they read it on."""
+    if adapters.whole_mm is not None:
+        volume = _resized(volume[0], adapters.whole_size(volume.shape[2:], voxel_ml, backbone.size_multiple))[None]
+    return adapters.adapt(backbone.features(volume))
+
+
+def _resized(values: Tensor, size: Sequence[int]) -> Tensor:
+    """(C, X, Y, Z) -> (C, *size); means where it shrinks, linear where it grows."""
+    if tuple(values.shape[1:]) == tuple(size):
+        return values
+    if math.prod(size) < math.prod(values.shape[1:]):
+        return F.interpolate(values[None], tuple(size), mode="area")[0]
+    return F.interpolate(values[None], tuple(size), mode="trilinear", align_corners=False)[0]
 
 
 def _voxels(place: Slices) -> int:

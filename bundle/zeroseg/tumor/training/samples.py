@@ -57,10 +57,12 @@ class VoxelSamples:
     cases: list[TrainingCase]
 
 
-def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str) -> tuple[Tensor, Tensor]:
+def augmented(
+    volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str, recoloured: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """A (1, 1, X, Y, Z) volume and its target turned, mirrored, and changed in gain, gamma, offset and noise; the highest value
     stays the bound, 1 or that of MR which is not clipped. One MR in four gets another sequence's look: its values pass through a random
-    curve from zero on, which may fall."""
+    curve from zero on, which may fall. A share ``recoloured`` of all, whatever the modality, pass through any curve."""
     most = max(1.0, float(volume.max()))
     order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
     flips = [axis for axis in range(3) if rng.random() < 0.5]
@@ -77,6 +79,12 @@ def augmented(volume: Tensor, target: Tensor, rng: np.random.Generator, modality
             curve = curve.cumsum() / curve.sum()
         places = np.linspace(0, 1, len(curve))
         volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve * most).astype(np.float32))
+    if rng.random() < recoloured:
+        curve = rng.uniform(0, 1, rng.integers(2, 7))
+        spread = max(float(np.ptp(curve)), 1e-3)
+        places = np.linspace(0, 1, len(curve))
+        curve = (curve - curve.min()) / spread * most
+        volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve).astype(np.float32))
     changed = (volume.clamp_min(0) ** gamma * gain + offset + noise).clamp(0, most)
     return changed[None, None].contiguous(), target.contiguous()
 
@@ -96,6 +104,27 @@ def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: i
     return volume[(..., *place)].contiguous(), target[tuple(place)].contiguous()
 
 
+def beside(target: Tensor, rng: np.random.Generator, multiple: int) -> tuple[slice, ...] | None:
+    """The part of a scan that lies on one side of its lesions along an axis: healthy tissue of the same scanner.
+
+    Args:
+        target: (X, Y, Z) bool, not empty, with sides that are multiples of ``multiple``.
+        multiple: what the sides of a part have to be multiples of.
+
+    Returns:
+        The place of one such part; None where there is none.
+    """
+    found = []
+    for axis, size in enumerate(target.shape):
+        lines = target.any(dim=tuple(a for a in range(3) if a != axis)).nonzero().flatten().tolist()
+        for start, room in ((0, lines[0]), (size, size - 1 - lines[-1])):
+            side = room - room % multiple
+            part = slice(start, side) if start == 0 else slice(size - side, size)
+            if side:
+                found.append(tuple(part if a == axis else slice(None) for a in range(3)))
+    return found[rng.integers(len(found))] if found else None
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How cases become samples.
@@ -106,7 +135,9 @@ class Sampling:
         crop: longest side, in working voxels, of what is trained on at once; a multiple of the backbone's
             ``size_multiple``. None: that which is nearest to 144 mm.
         grown: chance that a lesion is grown into a real volume, see :mod:`lesions`.
+        healthy_part: chance that of a real volume only what lies beside its lesions is shown; without that, real would mean ill.
         scales: between which the working spacing is drawn, as shares of the backbone's.
+        recoloured: chance that a volume's values pass through a random curve, so that no modality's greys are learned by heart.
         readers: processes that read volumes beside this one; 0: this one does, as a GPU needs it.
     """
 
@@ -116,6 +147,8 @@ class Sampling:
     readers: int = 0
     grown: float = 0.0
     scales: tuple[float, float] = (0.8, 1.2)
+    recoloured: float = 0.0
+    healthy_part: float = 0.0
 
 
 class CaseReader:
@@ -125,16 +158,18 @@ class CaseReader:
         backbone: frozen, loaded.
         sampling: how.
         seed: of everything random.
+        whole_mm: side of a voxel, where the adapters do not read the backbone's own grid.
 
     Raises:
         ZeroSegError: ``crop`` does not suit the backbone.
     """
 
-    def __init__(self, backbone: MaisiBackbone, sampling: Sampling, seed: int = 0):
+    def __init__(self, backbone: MaisiBackbone, sampling: Sampling, seed: int = 0, whole_mm: float | None = None):
         step = backbone.size_multiple
+        self.spacing = backbone.spacing if whole_mm is None else (whole_mm,) * 3
         crop = sampling.crop
         if crop is None:
-            crop = max(1, round(CROP_MM / max(backbone.spacing) / step)) * step
+            crop = max(1, round(CROP_MM / max(self.spacing) / step)) * step
         if crop < 1 or crop % step:
             raise ZeroSegError(f"crop must be a multiple of {step}, not {crop}")
         self.backbone, self.sampling, self.seed = backbone, replace(sampling, crop=crop), seed
@@ -151,14 +186,19 @@ class CaseReader:
             values,
             affine,
             case.modality,
-            [mm * scale for mm in backbone.spacing],
+            [mm * scale for mm in self.spacing],
             backbone.size_multiple,
             backbone.ct_window,
             mr_clip=backbone.mr_clip,
         )
         volume, target = prepared.volume, prepared.from_input(mask)
         if rng is not None:
-            volume, target = cropped(*augmented(volume, target, rng, case.modality), rng, self.crop)
+            if case.real and target.any() and rng.random() < self.sampling.healthy_part:
+                place = beside(target, rng, backbone.size_multiple)
+                if place is not None:
+                    volume, target = volume[(..., *place)], target[place]
+            volume, target = augmented(volume, target, rng, case.modality, self.sampling.recoloured)
+            volume, target = cropped(volume, target, rng, self.crop)
             if case.real and rng.random() < self.sampling.grown:
                 found = grow_lesion(volume[0, 0].numpy(), prepared.spacing, rng, case.modality)
                 if found is not None:
@@ -235,7 +275,7 @@ class CaseReader:
         """Of all that decides what ``samples`` reads."""
         stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
         sampling = self.sampling
-        read_by = [sampling.voxels, sampling.crop, sampling.grown, list(sampling.scales)]
+        read_by = [sampling.voxels, sampling.crop, sampling.grown, list(sampling.scales), sampling.recoloured, sampling.healthy_part]
         decisive = [stems, self.seed, *read_by, adapters.options]
         digest = hashlib.sha256(json.dumps(decisive).encode())
         digest.update(self.backbone.fingerprint.encode())

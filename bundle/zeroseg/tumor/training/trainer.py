@@ -104,11 +104,11 @@ class AdapterTrainer:
         self.out, self.work = Path(out), Path(work)
         self.schedule, self.fusion_volumes, self.seed = schedule or Schedule(), fusion_volumes, seed
         self.weights = {**WEIGHTS, **(self.schedule.weights or {})}
-        self.reader = CaseReader(backbone, sampling or Sampling(), seed)
         self.questions = Questions(self.encoder)
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
+        self.reader = CaseReader(backbone, sampling or Sampling(), seed, self.adapters.whole_mm)
         # Those of ``initial`` do not fit what comes out.
         self.adapters.fusion = self.adapters.presence = None
         self._calibrated = initial is not None
@@ -311,6 +311,8 @@ class AdapterTrainer:
             "crop": sampling.crop,
             "grown": sampling.grown,
             "scales": list(sampling.scales),
+            "recoloured": sampling.recoloured,
+            "healthy_part": sampling.healthy_part,
             "seed": self.seed,
             "parameters": sum(p.numel() for p in self.adapters.parameters()),
             "hours": round(self.seconds / 3600, 2),
