@@ -107,7 +107,7 @@ def test_the_embedded_files_are_small_and_listed():
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
-@pytest.mark.parametrize("folder", ["tumor", "tumor_head"])
+@pytest.mark.parametrize("folder", ["tumor", "tumor_head", "tumor_limb"])
 def test_the_tumour_models_are_small_and_hold_no_pickle(folder):
     files = [path for path in (MODELS / folder).rglob("*") if path.is_file()]
     sums = (MODELS / folder / "SHA256SUMS").read_text().splitlines()

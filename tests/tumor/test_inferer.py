@@ -345,8 +345,8 @@ def test_a_click_is_answered_where_the_words_are_absent(make, volume):
     assert any("the words find nothing" in note for note in result.notes)
 
 
-class TestTheHead:
-    """Brain and head are answered by embedded adapters of their own."""
+class TestOwnAdapters:
+    """Brain and head, and limbs, are answered by embedded adapters of their own."""
 
     @pytest.fixture(scope="class")
     def inferer(self):
@@ -365,6 +365,22 @@ class TestTheHead:
         assert "adapters" not in liver.details and len(encoded.readers) == 2
         again = inferer.segment(slice_of_mr, AFFINE, "mr", "liver")
         np.testing.assert_array_equal(again.confidence, liver.confidence)
+
+    def test_those_of_the_limbs_answer_together_with_the_general_ones(self, inferer):
+        volume = noise_volume()
+        encoded = inferer.encode(volume, AFFINE, "ct", "thigh")
+        found = inferer.predict(encoded, "thigh")
+        assert found.details["adapters"] == "embedded:limb" and len(encoded.readers) == 2
+        assert found.labels.shape == volume.shape[1:]
+        assert inferer.predict(encoded, "limb", "zqxv plomf").absent and len(encoded.readers) == 2
+        own, general = inferer._of("limb"), inferer.replace()
+        own._beside = None
+        general._of = lambda organ: general
+        asked = {"organ": "limb", "tumor": "sarcoma"}
+        parts = [one.maps(encoded, **asked).aova for one in (own, general)]
+        together = inferer.maps(encoded, **asked).aova
+        torch.testing.assert_close(together.margin, parts[0].margin + parts[1].margin)
+        assert together.image_logit == pytest.approx(parts[0].image_logit + parts[1].image_logit)
 
     def test_nonsense_is_absent(self, inferer, slice_of_mr):
         result = inferer.segment(slice_of_mr, AFFINE, "mr", "brain", "zqxv plomf")

@@ -23,9 +23,13 @@ from zeroseg.hashing import file_sha256
 from zeroseg.places import MODELS
 
 EMBEDDED = "embedded"
-EMBEDDED_HEAD = "embedded:head"
-EMBEDDED_SETS = {EMBEDDED: MODELS / "tumor", EMBEDDED_HEAD: MODELS / "tumor_head"}
-"""Names of the folders of tumour adapters, with their text encoders, that ship with the package."""
+EMBEDDED_HEAD, EMBEDDED_LIMB = "embedded:head", "embedded:limb"
+EMBEDDED_SETS = {
+    EMBEDDED: MODELS / "tumor",
+    EMBEDDED_HEAD: MODELS / "tumor_head",
+    EMBEDDED_LIMB: MODELS / "tumor_limb",
+}
+"""Names of the folders of tumour adapters that ship with the package, some with a text encoder of their own."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _SETTINGS = ("*.json", "*.txt")
 """Small files beside the weights: configs, vocabularies, shard indices."""

@@ -47,6 +47,12 @@ class AovaMap:
     image_logit: float
     null_contrast: float
 
+    def times(self, other: AovaMap) -> AovaMap:
+        """Both as a product of experts: log-odds add up, as those of the stages do."""
+        return AovaMap(
+            self.margin + other.margin, self.image_logit + other.image_logit, self.null_contrast + other.null_contrast
+        )
+
 
 @dataclass
 class EncodedFeatures:

@@ -19,7 +19,7 @@ from torch import Tensor
 from zeroseg.attention.prepare import prepare as prepare_image
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_HEAD, EMBEDDED_SETS
+from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_HEAD, EMBEDDED_LIMB, EMBEDDED_SETS
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.prompts import Prompts, check_prompts
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
@@ -30,12 +30,25 @@ from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_features, healthy_margin_loss, load_adapters
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.prepare import Prepared, prepare
-from zeroseg.tumor.prompts import OF_THE_HEAD, REGIONS, check_modality, default_tumor, normalise, organ_note, prompt_set
+from zeroseg.tumor.prompts import (
+    OF_THE_HEAD,
+    OF_THE_LIMBS,
+    REGIONS,
+    check_modality,
+    default_tumor,
+    normalise,
+    organ_note,
+    prompt_set,
+)
 from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, reach, voxels_of
 
 STAGES = ("aova", "inpaint", "pixel", "feature")
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
 FUSIONS = ("learned", "otsu")
+OWN_ADAPTERS = {**dict.fromkeys(OF_THE_HEAD, EMBEDDED_HEAD), **dict.fromkeys(OF_THE_LIMBS, EMBEDDED_LIMB)}
+"""Organ -> the embedded adapters that were made for it."""
+TOGETHER = (EMBEDDED_LIMB,)
+"""Those of them that answer together with the general ones, by the same words, and do not replace them."""
 
 
 @dataclass
@@ -109,8 +122,9 @@ class TumorSegmentationInferer(Inferer):
     ``encode`` once and ``predict`` often serves several prompts. No ``network`` is needed. Settings are checked and
     weights loaded on first use.
 
-    Brain and head have embedded adapters of their own, a small U-Net trained with real lesions ("embedded:head"): where the
-    embedded ones are in use and such an organ is asked for, those answer.
+    Brain and head, and limbs, have embedded adapters of their own, small U-Nets trained with real lesions ("embedded:head",
+    "embedded:limb"): where the embedded ones are in use and such an organ is asked for, those answer, of limbs together with the general
+    ones.
 
     The answer is "absent" (an empty mask) when the text encoder knows none of the tumour's words, when the image-level
     probability is below ``presence``, when the prompt explains no voxel better than the null prompts do, or when no
@@ -197,7 +211,8 @@ class TumorSegmentationInferer(Inferer):
         self.seed = seed
         self.progress = progress
         self._adapters: AovaAdapters | None = None
-        self._head: tuple[TextEncoder, AovaAdapters] | None = None
+        self._beside: AovaAdapters | None = None
+        self._own_adapters: dict[str, tuple[TextEncoder, AovaAdapters]] = {}
         self._volumes = VolumeSessions()
 
     # Settings ----------------------------------------------------------------------------------------------------------
@@ -305,18 +320,20 @@ class TumorSegmentationInferer(Inferer):
         return self
 
     def _of(self, organ: str) -> TumorSegmentationInferer:
-        """The inferer that answers for an organ: this one, or for the head the same one with the adapters made for it."""
+        """The inferer that answers for an organ: this one, or the same one with the adapters made for that organ."""
         embedded = all(
             str(part) == EMBEDDED for part in (self.adapters, self.text_encoder.source, self.backbone.source)
         )
-        if organ not in OF_THE_HEAD or not embedded or not EMBEDDED_SETS[EMBEDDED_HEAD].is_dir():
+        own = OWN_ADAPTERS.get(organ)
+        if own is None or not embedded or not EMBEDDED_SETS[own].is_dir():
             return self
-        if self._head is None:
-            encoder = TextEncoder(EMBEDDED_HEAD, device=str(self.backbone.device)).load()
-            self._head = encoder, load_adapters(EMBEDDED_HEAD, encoder.dim).to(self.backbone.device)
-        encoder, adapters = self._head
+        if own not in self._own_adapters:
+            words = own if (EMBEDDED_SETS[own] / "text").is_dir() else EMBEDDED
+            encoder = TextEncoder(words, device=str(self.backbone.device)).load()
+            self._own_adapters[own] = encoder, load_adapters(own, encoder.dim).to(self.backbone.device)
+        encoder, adapters = self._own_adapters[own]
         other = self.replace(text_encoder=encoder, adapters=adapters)
-        other._adapters = adapters
+        other._adapters, other._beside = adapters, self._adapters if own in TOGETHER else None
         return other
 
     # One volume --------------------------------------------------------------------------------------------------------
@@ -354,24 +371,27 @@ class TumorSegmentationInferer(Inferer):
                 backbone.mr_clip,
             )
         with timed(seconds, "encode"):
-            features = self._of(self._words(organ, None)[0])._read(prepared)
+            reader = self._of(self._words(organ, None)[0])
+            features = reader._read(prepared, reader._adapters)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
         return EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
 
-    def _read(self, prepared: Prepared) -> EncodedFeatures:
+    def _read(self, prepared: Prepared, adapters: AovaAdapters) -> EncodedFeatures:
         voxel_ml = math.prod(prepared.spacing) / 1000
-        return encode_features(self.backbone, self._adapters, prepared.volume.to(self.backbone.device), voxel_ml)
+        return encode_features(self.backbone, adapters, prepared.volume.to(self.backbone.device), voxel_ml)
+
+    def _read_by(self, encoded: EncodedVolume, adapters: AovaAdapters, seconds: dict[str, float]) -> EncodedFeatures:
+        """What adapters make of an encoded volume, which they read once."""
+        if encoded.features.reader == adapters.sha256:
+            return encoded.features
+        if adapters.sha256 not in encoded.readers:
+            with timed(seconds, "encode"):
+                encoded.readers[adapters.sha256] = self._read(encoded.prepared, adapters)
+        return encoded.readers[adapters.sha256]
 
     def _own(self, encoded: EncodedVolume, seconds: dict[str, float]) -> EncodedVolume:
         """An encoding with what this inferer's adapters make of it."""
-        own = self._adapters.sha256 if self._adapters else None
-        if encoded.features.reader == own:
-            return encoded
-        known = encoded.readers.get(own)
-        if known is None:
-            with timed(seconds, "encode"):
-                known = encoded.readers[own] = self._read(encoded.prepared)
-        return replace(encoded, features=known)
+        return replace(encoded, features=self._read_by(encoded, self._adapters, seconds))
 
     def maps(
         self,
@@ -401,6 +421,9 @@ class TumorSegmentationInferer(Inferer):
         with timed(seconds, "aova"):
             prompts = self.text_encoder.embed([text for _, text in asked]).to(self.backbone.device)
             aova = aova_map(self.backbone, self._adapters, encoded.features, prompts, roles)
+            if self._beside is not None:
+                also = self._read_by(encoded, self._beside, seconds)
+                aova = aova.times(aova_map(self.backbone, self._beside, also, prompts, roles))
             suspect = logit(min(self.suspicion, self.threshold))
             found = (aova.margin > suspect).cpu().numpy() & prepared.inside.numpy()
         if "inpaint" in self.stages:
@@ -456,7 +479,7 @@ class TumorSegmentationInferer(Inferer):
         reader = self._of(organ)
         if reader is not self:
             result = reader.predict(encoded, organ, said, points, labels, box)
-            result.details["adapters"] = EMBEDDED_HEAD
+            result.details["adapters"] = OWN_ADAPTERS[organ]
             return result
         meaning = self._meaning(said)
         tumor = str(meaning.text)

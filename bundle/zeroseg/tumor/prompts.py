@@ -40,6 +40,7 @@ ORGANS: dict[str, tuple[str, ...]] = {
 """Organs with prompts of their own -> tumour phrases that fit them, the first being the default."""
 
 OF_THE_HEAD = ("brain", "head", "nasopharynx")
+OF_THE_LIMBS = ("limb", "thigh", "soft tissue")
 """Organs that have embedded adapters of their own, see ``TumorSegmentationInferer``."""
 
 ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")

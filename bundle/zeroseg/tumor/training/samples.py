@@ -275,7 +275,14 @@ class CaseReader:
         """Of all that decides what ``samples`` reads."""
         stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
         sampling = self.sampling
-        read_by = [sampling.voxels, sampling.crop, sampling.grown, list(sampling.scales), sampling.recoloured, sampling.healthy_part]
+        read_by = [
+            sampling.voxels,
+            sampling.crop,
+            sampling.grown,
+            list(sampling.scales),
+            sampling.recoloured,
+            sampling.healthy_part,
+        ]
         decisive = [stems, self.seed, *read_by, adapters.options]
         digest = hashlib.sha256(json.dumps(decisive).encode())
         digest.update(self.backbone.fingerprint.encode())
