@@ -319,6 +319,13 @@ class TumorSegmentationInferer(Inferer):
             self._adapters = adapters.to(self.backbone.device).eval()
         return self
 
+    @property
+    def _loaded(self) -> AovaAdapters:
+        """The adapters; ``load`` comes first."""
+        if self._adapters is None:
+            raise RuntimeError("the adapters are not loaded")
+        return self._adapters
+
     def _of(self, organ: str) -> TumorSegmentationInferer:
         """The inferer that answers for an organ: this one, or the same one with the adapters made for that organ."""
         embedded = all(
@@ -372,7 +379,7 @@ class TumorSegmentationInferer(Inferer):
             )
         with timed(seconds, "encode"):
             reader = self._of(self._words(organ, None)[0])
-            features = reader._read(prepared, reader._adapters)
+            features = reader._read(prepared, reader._loaded)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
         return EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
 
@@ -391,7 +398,7 @@ class TumorSegmentationInferer(Inferer):
 
     def _own(self, encoded: EncodedVolume, seconds: dict[str, float]) -> EncodedVolume:
         """An encoding with what this inferer's adapters make of it."""
-        return replace(encoded, features=self._read_by(encoded, self._adapters, seconds))
+        return replace(encoded, features=self._read_by(encoded, self._loaded, seconds))
 
     def maps(
         self,
