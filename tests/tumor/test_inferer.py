@@ -373,14 +373,15 @@ class TestOwnAdapters:
         assert found.details["adapters"] == "embedded:limb" and len(encoded.readers) == 2
         assert found.labels.shape == volume.shape[1:]
         assert inferer.predict(encoded, "limb", "zqxv plomf").absent and len(encoded.readers) == 2
-        own, general = inferer._of("limb"), inferer.replace()
+        own, general = inferer._of("limb", "ct"), inferer.replace()
         own._beside = None
-        general._of = lambda organ: general
+        general._of = lambda organ, modality: general
         asked = {"organ": "limb", "tumor": "sarcoma"}
         parts = [one.maps(encoded, **asked).aova for one in (own, general)]
         together = inferer.maps(encoded, **asked).aova
         torch.testing.assert_close(together.margin, parts[0].margin + parts[1].margin)
         assert together.image_logit == pytest.approx(parts[0].image_logit + parts[1].image_logit)
+        assert "adapters" not in inferer.segment(volume, AFFINE, "mr", "limb").details
 
     def test_nonsense_is_absent(self, inferer, slice_of_mr):
         result = inferer.segment(slice_of_mr, AFFINE, "mr", "brain", "zqxv plomf")

@@ -31,6 +31,7 @@ from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_featur
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.prepare import Prepared, prepare
 from zeroseg.tumor.prompts import (
+    MODALITIES,
     OF_THE_HEAD,
     OF_THE_LIMBS,
     REGIONS,
@@ -45,8 +46,11 @@ from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residua
 STAGES = ("aova", "inpaint", "pixel", "feature")
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
 FUSIONS = ("learned", "otsu")
-OWN_ADAPTERS = {**dict.fromkeys(OF_THE_HEAD, EMBEDDED_HEAD), **dict.fromkeys(OF_THE_LIMBS, EMBEDDED_LIMB)}
-"""Organ -> the embedded adapters that were made for it."""
+OWN_ADAPTERS = {
+    **{(organ, modality): EMBEDDED_HEAD for organ in OF_THE_HEAD for modality in MODALITIES},
+    **{(organ, modality): EMBEDDED_LIMB for organ in OF_THE_LIMBS for modality in ("ct", "pet")},
+}
+"""Organ and modality -> the embedded adapters that were made for them. In MR the general ones find sarcomas better."""
 TOGETHER = (EMBEDDED_LIMB,)
 """Those of them that answer together with the general ones, by the same words, and do not replace them."""
 
@@ -122,7 +126,7 @@ class TumorSegmentationInferer(Inferer):
     ``encode`` once and ``predict`` often serves several prompts. No ``network`` is needed. Settings are checked and
     weights loaded on first use.
 
-    Brain and head, and limbs, have embedded adapters of their own, small U-Nets trained with real lesions ("embedded:head",
+    Brain and head, and limbs in CT and PET, have embedded adapters of their own, small U-Nets trained with real lesions ("embedded:head",
     "embedded:limb"): where the embedded ones are in use and such an organ is asked for, those answer, of limbs together with the general
     ones.
 
@@ -326,12 +330,12 @@ class TumorSegmentationInferer(Inferer):
             raise RuntimeError("the adapters are not loaded")
         return self._adapters
 
-    def _of(self, organ: str) -> TumorSegmentationInferer:
-        """The inferer that answers for an organ: this one, or the same one with the adapters made for that organ."""
+    def _of(self, organ: str, modality: str) -> TumorSegmentationInferer:
+        """The inferer that answers for an organ in a modality: this one, or the same one with the adapters made for them."""
         embedded = all(
             str(part) == EMBEDDED for part in (self.adapters, self.text_encoder.source, self.backbone.source)
         )
-        own = OWN_ADAPTERS.get(organ)
+        own = OWN_ADAPTERS.get((organ, modality))
         if own is None or not embedded or not EMBEDDED_SETS[own].is_dir():
             return self
         if own not in self._own_adapters:
@@ -378,7 +382,7 @@ class TumorSegmentationInferer(Inferer):
                 backbone.mr_clip,
             )
         with timed(seconds, "encode"):
-            reader = self._of(self._words(organ, None)[0])
+            reader = self._of(self._words(organ, None)[0], prepared.modality)
             features = reader._read(prepared, reader._loaded)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
         return EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
@@ -418,7 +422,7 @@ class TumorSegmentationInferer(Inferer):
         """
         self.check()
         organ, tumor = self._words(organ, tumor)
-        reader = self._of(organ)
+        reader = self._of(organ, encoded.prepared.modality)
         if reader is not self:
             return reader.maps(encoded, organ, tumor, seconds, stages)
         prepared, seconds = encoded.prepared, {} if seconds is None else seconds
@@ -483,10 +487,10 @@ class TumorSegmentationInferer(Inferer):
         self.check()
         shown = self._shown(encoded, points, labels, box)
         organ, said = self._words(organ, tumor)
-        reader = self._of(organ)
+        reader = self._of(organ, encoded.prepared.modality)
         if reader is not self:
             result = reader.predict(encoded, organ, said, points, labels, box)
-            result.details["adapters"] = OWN_ADAPTERS[organ]
+            result.details["adapters"] = OWN_ADAPTERS[organ, encoded.prepared.modality]
             return result
         meaning = self._meaning(said)
         tumor = str(meaning.text)
