@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,9 @@ class AovaMap:
     null_contrast: float
 
     def times(self, other: AovaMap) -> AovaMap:
-        """Both as a product of experts: log-odds add up, as those of the stages do."""
-        return AovaMap(
-            self.margin + other.margin, self.image_logit + other.image_logit, self.null_contrast + other.null_contrast
-        )
+        """Where it is, by both as a product of experts: margins add up, as those of the stages do. Whether it is there at all remains
+        this one's word."""
+        return replace(self, margin=self.margin + other.margin)
 
 
 @dataclass
