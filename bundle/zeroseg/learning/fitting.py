@@ -197,7 +197,8 @@ def _learn(
     if len(parts) == 1:
         _learn_one(0, *parts[0], rate, left, reports)
     else:
-        # Small convolutions hardly share work: a core for each network makes half as many steps again as all cores for one.
+        # Small convolutions hardly share work: a core each, the plain network makes a third more steps and the guided one three times
+        # as many as on all cores one after the other.
         with _one_thread_each(), ThreadPoolExecutor(len(parts)) as pool:
             running = [pool.submit(_learn_one, i, *part, rate, left, reports) for i, part in enumerate(parts)]
             try:
