@@ -94,7 +94,9 @@ def test_a_scan_read_as_a_whole_is_read_once_on_a_grid_of_its_own(tiny_maisi, ad
     torch.testing.assert_close(found.margin, enlarged)
     assert found.image_logit == pytest.approx(float(expected.image_logit), abs=1e-4)
     # The latent is that of the model's own grid, window by window.
-    torch.testing.assert_close(encoded.latent, encode_features(tiny_maisi, adapters, volume).latent)
+    latent = encode_features(tiny_maisi, adapters, volume).latent
+    torch.testing.assert_close(encoded.latent, latent)
+    assert encode_features(tiny_maisi, whole, volume, latent=latent).latent is latent
     region = np.zeros((48, 32, 80), bool)
     region[10:20, 10:20, 10:20] = True
     unchanged = healthy_margin_loss(tiny_maisi, whole, encoded, torch.zeros_like(volume), region, *asked)

@@ -345,6 +345,17 @@ def test_a_click_is_answered_where_the_words_are_absent(make, volume):
     assert any("the words find nothing" in note for note in result.notes)
 
 
+def test_a_volume_is_decoded_once_for_all_prompts(make, volume):
+    inferer = make()
+    encoded = inferer.encode(volume, AFFINE, "ct")
+    for words in ("liver tumour", "kidney tumour"):
+        inferer.maps(encoded, "liver", words)
+    kept = encoded._reconstruction
+    assert kept is not None
+    inferer.maps(encoded, "liver", "tumour")
+    assert encoded._reconstruction is kept
+
+
 class TestOwnAdapters:
     """Brain and head, and limbs, are answered by embedded adapters of their own."""
 

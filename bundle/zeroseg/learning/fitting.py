@@ -217,7 +217,7 @@ def _learn_one(
     """Step after step of one network."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=DECAY)
     for done in range(reports.steps):
-        reports.stop_if_asked()
+        _stop_if(reports.asked_to_stop)
         spent = max(done / reports.steps, 1 - left())
         if spent >= 1 and done:
             break
@@ -265,11 +265,11 @@ class _Reports:
         """Let every network stop before its next step."""
         self._stopped = True
 
-    def stop_if_asked(self) -> None:
-        """Raise ``Stopped`` where one is to stop, and for all others from then on."""
+    def asked_to_stop(self) -> bool:
+        """Whether one was to stop; from then on all are."""
         with self._lock:
             self._stopped = self._stopped or (self._cancelled is not None and self._cancelled())
-        _stop_if(lambda: self._stopped)
+            return self._stopped
 
 
 @contextmanager

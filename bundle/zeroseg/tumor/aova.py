@@ -111,7 +111,11 @@ def blend(pieces: Iterator[tuple[Slices, Tensor]], size: Sequence[int]) -> Tenso
 
 @torch.inference_mode()
 def encode_features(
-    backbone: MaisiBackbone, adapters: AovaAdapters, volume: Tensor, voxel_ml: float = VOXEL_ML
+    backbone: MaisiBackbone,
+    adapters: AovaAdapters,
+    volume: Tensor,
+    voxel_ml: float = VOXEL_ML,
+    latent: Tensor | None = None,
 ) -> EncodedFeatures:
     """Encode a volume once for any number of prompts: latent and adapted features by one encoder pass per window.
 
@@ -120,27 +124,31 @@ def encode_features(
         adapters: on the backbone's device.
         volume: (1, 1, X, Y, Z) in [0, 1], sides multiples of ``backbone.size_multiple``.
         voxel_ml: millilitres of a voxel.
+        latent: of the volume, where it is known: adapters that read it as a whole then need no window.
     """
     places = window_slices(volume.shape[2:], backbone.window, backbone.size_multiple)
     channels = backbone.feature_channels
     floats = sum(c / 8**level for level, c in enumerate(channels)) * sum(_voxels(p) for p in places)
     keep = len(places) == 1 or 4 * floats <= FEATURE_BYTES
     pieces: list[tuple[Slices, tuple[Tensor, ...] | None]] = []
-    if adapters.whole_mm is not None:
-        everything = slice(0, volume.shape[2]), slice(0, volume.shape[3]), slice(0, volume.shape[4])
+    whole = adapters.whole_mm is not None
+    if whole:
+        (everything,) = window_slices(volume.shape[2:], volume.shape[2:], backbone.size_multiple)
         pieces.append((everything, _adapted(backbone, adapters, volume, voxel_ml)))
 
     def latents() -> Iterator[tuple[Slices, Tensor]]:
         for place in places:
             reading = backbone.read(volume[(..., *place)])
-            if adapters.whole_mm is None:
+            if not whole:
                 pieces.append((place, adapters.adapt(reading.features) if keep else None))
             x, y, z = (slice(s.start // backbone.factor, s.stop // backbone.factor) for s in place)
             yield (x, y, z), reading.latent[0]
 
-    size = [s // backbone.factor for s in volume.shape[2:]]
-    gathered = list(latents())  # latents are small: every window is read before blending
-    return EncodedFeatures(blend(iter(gathered), size)[None], pieces, volume, voxel_ml, adapters.sha256)
+    if latent is None or not whole:
+        size = [s // backbone.factor for s in volume.shape[2:]]
+        gathered = list(latents())  # latents are small: every window is read before blending
+        latent = blend(iter(gathered), size)[None]
+    return EncodedFeatures(latent, pieces, volume, voxel_ml, adapters.sha256)
 
 
 @torch.inference_mode()

@@ -339,8 +339,8 @@ class TumorSegmentationInferer(Inferer):
         if own is None or not embedded or not EMBEDDED_SETS[own].is_dir():
             return self
         if own not in self._own_adapters:
-            words = own if (EMBEDDED_SETS[own] / "text").is_dir() else EMBEDDED
-            encoder = TextEncoder(words, device=str(self.backbone.device)).load()
+            device = str(self.backbone.device)
+            encoder = self.text_encoder if own in TOGETHER else TextEncoder(own, device=device).load()
             self._own_adapters[own] = encoder, load_adapters(own, encoder.dim).to(self.backbone.device)
         encoder, adapters = self._own_adapters[own]
         other = self.replace(text_encoder=encoder, adapters=adapters)
@@ -383,13 +383,15 @@ class TumorSegmentationInferer(Inferer):
             )
         with timed(seconds, "encode"):
             reader = self._of(self._words(organ, None)[0], prepared.modality)
-            features = reader._read(prepared, reader._loaded)
+            # Those that read windows come first: with their latent the others need none.
+            features = self._read(prepared, reader._beside or reader._loaded)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.asarray(volume))
-        return EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
+        encoded = EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
+        return reader._own(encoded, seconds)
 
-    def _read(self, prepared: Prepared, adapters: AovaAdapters) -> EncodedFeatures:
+    def _read(self, prepared: Prepared, adapters: AovaAdapters, latent: Tensor | None = None) -> EncodedFeatures:
         voxel_ml = math.prod(prepared.spacing) / 1000
-        return encode_features(self.backbone, adapters, prepared.volume.to(self.backbone.device), voxel_ml)
+        return encode_features(self.backbone, adapters, prepared.volume.to(self.backbone.device), voxel_ml, latent)
 
     def _read_by(self, encoded: EncodedVolume, adapters: AovaAdapters, seconds: dict[str, float]) -> EncodedFeatures:
         """What adapters make of an encoded volume, which they read once."""
@@ -397,12 +399,14 @@ class TumorSegmentationInferer(Inferer):
             return encoded.features
         if adapters.sha256 not in encoded.readers:
             with timed(seconds, "encode"):
-                encoded.readers[adapters.sha256] = self._read(encoded.prepared, adapters)
+                encoded.readers[adapters.sha256] = self._read(encoded.prepared, adapters, encoded.features.latent)
         return encoded.readers[adapters.sha256]
 
     def _own(self, encoded: EncodedVolume, seconds: dict[str, float]) -> EncodedVolume:
         """An encoding with what this inferer's adapters make of it."""
-        return replace(encoded, features=self._read_by(encoded, self._loaded, seconds))
+        features = self._read_by(encoded, self._loaded, seconds)
+        # The same where it is its own already: what is kept of a volume, such as its reconstruction, is kept there.
+        return encoded if features is encoded.features else replace(encoded, features=features)
 
     def maps(
         self,
@@ -429,11 +433,11 @@ class TumorSegmentationInferer(Inferer):
         encoded = self._own(encoded, seconds)
         asked = prompt_set(organ, tumor, prepared.modality)
         roles = [role for role, _ in asked]
+        also = self._read_by(encoded, self._beside, seconds) if self._beside is not None else None
         with timed(seconds, "aova"):
             prompts = self.text_encoder.embed([text for _, text in asked]).to(self.backbone.device)
             aova = aova_map(self.backbone, self._adapters, encoded.features, prompts, roles)
-            if self._beside is not None:
-                also = self._read_by(encoded, self._beside, seconds)
+            if self._beside is not None and also is not None:
                 aova = aova.times(aova_map(self.backbone, self._beside, also, prompts, roles))
             suspect = logit(min(self.suspicion, self.threshold))
             found = (aova.margin > suspect).cpu().numpy() & prepared.inside.numpy()

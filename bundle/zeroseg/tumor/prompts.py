@@ -39,8 +39,7 @@ ORGANS: dict[str, tuple[str, ...]] = {
 }
 """Organs with prompts of their own -> tumour phrases that fit them, the first being the default."""
 
-OF_THE_HEAD = ("brain", "head", "nasopharynx")
-OF_THE_LIMBS = ("limb", "thigh", "soft tissue")
+OF_THE_HEAD, OF_THE_LIMBS = ("brain", "head", "nasopharynx"), ("limb", "thigh", "soft tissue")
 """Organs that have embedded adapters of their own, see ``TumorSegmentationInferer``."""
 
 ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")

@@ -77,16 +77,19 @@ def augmented(
         curve = np.concatenate([[0], rng.uniform(0.1, 1, 5)])
         if not falls:
             curve = curve.cumsum() / curve.sum()
-        places = np.linspace(0, 1, len(curve))
-        volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve * most).astype(np.float32))
+        volume = _through(curve * most, volume, most)
     if rng.random() < recoloured:
         curve = rng.uniform(0, 1, rng.integers(2, 7))
         spread = max(float(np.ptp(curve)), 1e-3)
-        places = np.linspace(0, 1, len(curve))
-        curve = (curve - curve.min()) / spread * most
-        volume = torch.from_numpy(np.interp(volume.numpy() / most, places, curve).astype(np.float32))
+        volume = _through((curve - curve.min()) / spread * most, volume, most)
     changed = (volume.clamp_min(0) ** gamma * gain + offset + noise).clamp(0, most)
     return changed[None, None].contiguous(), target.contiguous()
+
+
+def _through(curve: np.ndarray, volume: Tensor, most: float) -> Tensor:
+    """Values from 0 to ``most`` mapped by a curve of evenly spaced points."""
+    places = np.linspace(0, 1, len(curve))
+    return torch.from_numpy(np.interp(volume.numpy() / most, places, curve).astype(np.float32))
 
 
 def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: int) -> tuple[Tensor, Tensor]:
