@@ -22,7 +22,7 @@ from zeroseg.learning.features import find_components, read_encoded
 from zeroseg.learning.fitting import fit_shown, shares
 from zeroseg.learning.head import expected_dice
 from zeroseg.learning.inputs import show_encoded
-from zeroseg.learning.network import FewShotNet, class_shares
+from zeroseg.learning.network import FewShotNet, class_shares, joined
 from zeroseg.learning.store import read_folder
 
 LABELS = {"disc": 1, "square": 3}
@@ -276,6 +276,27 @@ def test_the_second_network_sees_the_image_alone_and_both_are_asked(head):
     torch.testing.assert_close(found.sum(0), torch.ones(32, 32))
     turned = head.network.probabilities(image.flip(-2, -1), mask)
     torch.testing.assert_close(found, turned.flip(-2, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_that_finds_hardly_any_of_a_label_is_not_asked_about_it():
+    def network(*areas: int) -> torch.Tensor:
+        """Surely so many of ten pixels, in two bands side by side."""
+        shares = torch.zeros(3, 10, 2)
+        for k, area in enumerate(areas):
+            shares[k + 1, :area, k] = 0.9
+        shares[0] = 1 - shares[1:].sum(0)
+        return shares
+
+    full, little, half = network(9, 9), network(9, 2), network(4, 9)
+    for one, other in ((full, little), (little, full)):
+        found = joined(one, other)
+        torch.testing.assert_close(found, full)
+    # Of what both find, the mean.
+    found = joined(full, half)
+    torch.testing.assert_close(found, (full + half) / 2)
+    torch.testing.assert_close(joined(network(0, 0), network(0, 0)), network(0, 0))
+    crowded = joined(torch.tensor([[[0.1]], [[0.9]], [[0.0]]]), torch.tensor([[[0.1]], [[0.0]], [[0.9]]]))
+    torch.testing.assert_close(crowded.flatten(), torch.tensor([0.0, 0.5, 0.5]))
 
 
 def test_components_have_a_deviation_of_one(inferer):

@@ -12,6 +12,8 @@ WIDTHS = (16, 16, 32, 64, 128, 16)
 """Channels of the guided network's levels, half of ``BasicUNet``'s own: a step of it takes almost a third of the other's time."""
 LEAST = 0.0067
 """Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
+HARDLY = 1 / 3
+"""Of two networks the one that finds less than this share of the other's pixels of a label is not asked about it."""
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1))
 """Axes of the mirror images over which an answer is the mean; of all four it is no better."""
 
@@ -68,9 +70,29 @@ class FewShotNet(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, image: Tensor, foreground: Tensor) -> Tensor:
-        """(3, S, S) and (1, S, S) -> (classes, S, S): the mean over both networks and the mirror images."""
-        guided = mirrored(self._guided, torch.cat([image, foreground]))
-        return (guided + mirrored(self.plain, image)) / 2
+        """(3, S, S) and (1, S, S) -> (classes, S, S): of both networks together, each the mean over the mirror images."""
+        return joined(mirrored(self._guided, torch.cat([image, foreground])), mirrored(self.plain, image))
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """What two networks say together of each label: their mean, or what the one says where the other finds hardly any of it.
+
+    A network that finds little of a thing is as a rule sure that there is none, and the mean would then be below a half everywhere.
+
+    Args:
+        one, other: (classes, S, S) probabilities, the background first.
+
+    Returns:
+        (classes, S, S), sums to 1.
+    """
+    classes = len(one)
+    areas = [values.argmax(0).flatten().bincount(minlength=classes)[1:] for values in (one, other)]
+    share = torch.full((classes - 1,), 0.5)
+    share[areas[0] < HARDLY * areas[1]] = 0
+    share[areas[1] < HARDLY * areas[0]] = 1
+    found = other[1:].lerp(one[1:], share[:, None, None])
+    both = torch.cat([(1 - found.sum(0, keepdim=True)).clamp_min(0), found])
+    return both / both.sum(0)
 
 
 def mirrored(network: Callable[[Tensor], Tensor], maps: Tensor) -> Tensor:
