@@ -1,6 +1,6 @@
 """Answers to ordered prompts by the promptable head: the first prompt finds the object, each further one mends the answer before.
 
-Where a mark of the background shows that the head had the wrong object, it is found anew.
+Where a mark of the background shows that the head had the wrong object, it is found anew, in windows of all widths; so is what strokes mean.
 
 An answer depends on the encoding and on the ordered prompts only: all of them are replayed, from the longest beginning already answered.
 """
@@ -31,6 +31,7 @@ from zeroseg.interaction.clicks import pixel_of, resized
 from zeroseg.interaction.head import CANDIDATES, PromptHead, Window, assemble
 from zeroseg.interaction.prompts import Prompts
 from zeroseg.interaction.settings import Settings
+from zeroseg.interaction.strokes import stroke_odds
 from zeroseg.regions import depth_inside, innermost, largest_component
 
 MARGIN = 1.6
@@ -47,9 +48,13 @@ SURE = 0.8
 DOUBTED = 0.6
 """Estimated IoU of a mended answer below which, after a mark of the background, a new one is looked for. Chosen on development images."""
 NARROWEST, STEP = 32, 1.4
-"""Of the windows in which a new answer is looked for: side of the narrowest in pixels, and ratio of two sides."""
+"""Of the windows of all widths in which an object is looked for: side of the narrowest in pixels, and ratio of two sides."""
 AGREEMENT = 4.0
 """How much more a candidate counts among others of which the head is surer: e to this times the estimated IoU."""
+LEAST_STROKE, STROKE_WEIGHT, STROKE_REACH = 5, 0.15, 3
+"""Strokes have a say among candidates where object and background have so many marked pixels each; the weight of a candidate's mean
+log-odds by them, beside its agreement with the others; and the cells around all candidates over which the mean is taken. The
+weight was chosen on development images."""
 COMPARED = 512
 """Longest side of the grid on which their candidates are compared."""
 MAIN, TRUST = 0.5, 0.4
@@ -319,7 +324,7 @@ class Session:
         begun = self._begun[0] is not None or box is not None
         if begun or not unwanted or mended.estimates[mended.shown] > DOUBTED:
             return mended
-        found = self._find_anew(events, marks)
+        found = self._find_by_agreement(events, marks)
         return found if found.estimates[found.shown] > mended.estimates[mended.shown] else mended
 
     def look(self, events, marks, box, before, window: Window) -> tuple[Tensor, Tensor]:
@@ -355,24 +360,20 @@ class Session:
         return torch.from_numpy(maps.reshape(6, side, side))
 
     def _find(self, events, marks, box) -> Answer:
-        """The first answer: within the box and what is around it, or within the whole image."""
+        """The first answer: within the box and what is around it, or within the whole image; to strokes, in windows of all widths."""
+        strokes = len(events[0].marks) > 1
+        if strokes and box is None and (marks == 1).any():
+            return self._find_by_agreement(events, marks)
         size = tuple(self.image.shape[1:])
         window = Window(0, 0, *size) if box is None else _around(size, box, MARGIN)
         logits, quality = self.look(events, marks, box, None, window)
         candidates = self._candidates(logits, window, marks)
-        found = candidates[int(quality.argmax())]
-        strokes = len(events[0].marks) > 1
-        if strokes and box is None and found.any():
-            # Strokes say how large the object is about: what was found is looked at again from closer by.
-            window = _around(size, _bounds(found, marks == 1), MARGIN)
-            logits, quality = self.look(events, marks, box, None, window)
-            candidates = self._candidates(logits, window, marks)
         answer = self._shown(candidates, logits, quality, int(quality.argmax()), window)
         # The rule was made for one click, and is worse than the head where there are strokes.
-        prior = found if strokes else self.rule(events[0])
+        prior = None if strokes else self.rule(events[0])
         if prior is None:
             return answer
-        if strokes or max(answer.estimates) >= SURE:
+        if max(answer.estimates) >= SURE:
             said = [np.count_nonzero(m & prior) / max(1, np.count_nonzero(m | prior)) for m in candidates]
             shown = int(np.argmax(np.array(answer.estimates) + SAY * np.array(said)))
             return self._shown(candidates, logits, quality, shown, window)
@@ -381,14 +382,23 @@ class Session:
         candidates = np.stack([obey(mask, marks) for mask in nested])
         return replace(answer, mask=candidates[1], candidates=candidates, shown=1)
 
-    def _find_anew(self, events, marks) -> Answer:
-        """Of all candidates of windows of many widths around the marks of the object, the one that the others agree with most."""
+    def _find_by_agreement(self, events, marks) -> Answer:
+        """Of all candidates of windows of many widths around the marks of the object, the one that the others agree with most.
+
+        Strokes on both, object and background, have a say as well, see ``stroke_odds``.
+        """
         size = tuple(self.image.shape[1:])
         windows = _widths(size, _bounds(marks == 1, marks == 1))
         logits, quality = self._look(events, marks, None, None, windows)
+        if len(events[0].marks) > 1:
+            # Strokes say how large the object is about: what is found in the whole image is looked at from closer by, too.
+            found = self._candidates(_over(logits[-1], windows[-1]), windows[-1], marks)[int(quality[-1].argmax())]
+            windows.append(_around(size, _bounds(found, marks == 1), MARGIN))
+            closer = self._look(events, marks, None, None, windows[-1:])
+            logits, quality = torch.cat([logits, closer[0]]), torch.cat([quality, closer[1]])
         # Compared on a grid, one window after the other, so that a large picture takes no more memory than for a first answer.
         step = -(-max(size) // COMPARED)
-        said = np.zeros((len(windows), CANDIDATES, -(-size[0] // step), -(-size[1] // step)), np.float32)
+        said = np.zeros((len(windows), CANDIDATES, *_gridded(size, step)), np.float32)
         for k, window in enumerate(windows):
             top, left = -(-window.top // step), -(-window.left // step)
             local = marks[window.slices]
@@ -396,10 +406,24 @@ class Session:
                 mask = keep_marked(obey(one > 0, local), local)
                 part = mask[top * step - window.top :: step, left * step - window.left :: step]
                 said[k, c, top : top + part.shape[0], left : left + part.shape[1]] = part
-        said = said.reshape(len(windows) * CANDIDATES, -1)
-        k, shown = divmod(most_agreed(said, said, quality), CANDIDATES)
+        grid, said = said.shape[2:], said.reshape(len(windows) * CANDIDATES, -1)
+        score = agreement(said, said, quality)
+        odds = self._odds(marks, step)
+        if odds is not None:
+            near = ndimage.binary_dilation(said.any(0).reshape(grid), iterations=STROKE_REACH)
+            score += STROKE_WEIGHT * (2 * said[:, near.ravel()] - 1) @ odds[near] / np.count_nonzero(near)
+        k, shown = divmod(int(score.argmax()), CANDIDATES)
         own = _over(logits[k], windows[k])
         return self._shown(self._candidates(own, windows[k], marks), own, quality[k], shown, windows[k])
+
+    def _odds(self, marks: np.ndarray, step: int) -> np.ndarray | None:
+        """What strokes say on a grid of every ``step``-th pixel; None where there are none on both, object and background."""
+        if min(np.count_nonzero(marks == kind) for kind in (1, 2)) < LEAST_STROKE:
+            return None
+        rows, columns = marks.nonzero()
+        drawn = np.zeros(_gridded(marks.shape, step), np.uint8)
+        drawn[rows // step, columns // step] = marks[rows, columns]
+        return stroke_odds(F.adaptive_avg_pool2d(self.image[None], drawn.shape)[0], self.readout, drawn)
 
     def _candidates(self, logits: Tensor, window: Window, marks: np.ndarray) -> np.ndarray:
         """(3, H, W) bool: what the network proposes, as far as it is marked."""
@@ -480,18 +504,22 @@ def mend(
     return np.stack([obey(mask, marks) for mask in masks])
 
 
-def most_agreed(said: np.ndarray, weighted: np.ndarray, quality: Tensor) -> int:
-    """Which of K masks the others agree with most: the sum of its Dice with each, that with a surer one counting more.
+def agreement(said: np.ndarray, weighted: np.ndarray, quality: Tensor) -> np.ndarray:
+    """How much each of K masks agrees with all of them: its mean Dice with each, that with a surer one counting more.
 
     Args:
         said: (K, n) float32, 1 in the mask.
         weighted: the same, times what each of the n places stands for.
         quality: estimated IoU, K numbers in any shape.
+
+    Returns:
+        (K,) in [0, 1].
     """
     common = weighted @ said.T
     total = common.diagonal()
     overlap = 2 * common / (total[:, None] + total[None] + 1e-9)
-    return int((overlap @ np.exp(AGREEMENT * quality.numpy().ravel())).argmax())
+    weight = np.exp(AGREEMENT * quality.numpy().ravel())
+    return overlap @ (weight / weight.sum())
 
 
 def agrees(event: Event, mask: np.ndarray) -> bool:
@@ -516,6 +544,11 @@ def _bounds(mask: np.ndarray, also: np.ndarray) -> tuple[int, int, int, int]:
     both = mask | also
     rows, columns = np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def _gridded(size: Sequence[int], step: int) -> tuple[int, ...]:
+    """How many of every ``step``-th pixel there are along each side."""
+    return tuple(-(-side // step) for side in size)
 
 
 def _over(logits: Tensor, window: Window) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.promptable import load_head, most_agreed
+from zeroseg.interaction.promptable import agreement, load_head
 from zeroseg.interaction.prompts import Prompts, contradicts
 from zeroseg.interaction.volume_head import (
     CANDIDATES,
@@ -466,7 +466,7 @@ class VolumeSession:
                 parts, _ = ndimage.label(mask)
                 mask = np.isin(parts, np.unique(parts[tuple(cells.T)]))
                 said[k * CANDIDATES + c, known] = mask[tuple(at[known].T)]
-        k, c = divmod(most_agreed(said, said * volumes, quality), CANDIDATES)
+        k, c = divmod(int(agreement(said, said * volumes, quality).argmax()), CANDIDATES)
         return cubes[k], logits[k], quality[k], c
 
     def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray) -> Cube:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 TURN, ZOOM, STRETCH, SHIFT = 0.35, 0.25, 0.1, 0.15
 """Largest rotation in radians, log-scale, log-aspect, and shift in half images."""
+BEND = {4: 0.06, 8: 0.03}
+"""Points a side of a grid -> how far each is drawn aside at random, at most, in half images; both grids together bend the image."""
 GAIN, OFFSET, GAMMA, TINT = 0.2, 0.1, 0.25, 0.04
 """Largest change of the image's contrast (log), brightness, gamma (log), and of each colour."""
 
@@ -34,6 +36,9 @@ def augment(images: Tensor, maps: Tensor, generator: torch.Generator) -> tuple[T
         torch.stack([sine * mirror[0], cosine / stretch * mirror[1], uniform(SHIFT)], -1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), [count, 1, *images.shape[-2:]], align_corners=False)
+    for points, most in BEND.items():
+        aside = F.interpolate(uniform(most, 2, points, points), images.shape[-2:], mode="bicubic", align_corners=True)
+        grid = grid + aside.permute(0, 2, 3, 1)
     images, maps = (
         F.grid_sample(values, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         for values in (images, maps)
