@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from zeroseg.learning.cases import MOST_SLICES, chosen_slices, labelled_slices
 from zeroseg.learning.features import find_components, read_encoded
 from zeroseg.learning.fitting import fit_shown, shares
 from zeroseg.learning.head import expected_dice
-from zeroseg.learning.inputs import show_encoded
+from zeroseg.learning.inputs import Shown, show_encoded, squeeze
 from zeroseg.learning.network import FewShotNet, class_shares, joined
 from zeroseg.learning.store import read_folder
 
@@ -54,11 +55,16 @@ def few_steps():
 
 
 @pytest.fixture(scope="module")
-def head(inferer, few_steps) -> LearnedHead:
+def learned_from(inferer) -> tuple[list[Shown], list[torch.Tensor]]:
     image, label = scene(0)
-    shown = show_encoded(inferer, inferer.encode(image))
-    table = torch.tensor([0, 1, 0, 2])
-    network, facts = fit_shown([shown], [shares(table[label.astype(int)], 3)], **few_steps)
+    # What the tiny model finds is chance, so the scene's own mask is shown.
+    shown = replace(show_encoded(inferer, inferer.encode(image)), foreground=squeeze(torch.from_numpy(label > 0)[None]))
+    return [shown], [shares(torch.tensor([0, 1, 0, 2])[label.astype(int)], 3)]
+
+
+@pytest.fixture(scope="module")
+def head(inferer, learned_from, few_steps) -> LearnedHead:
+    network, facts = fit_shown(*learned_from, **few_steps)
     return LearnedHead(inferer, network, LABELS, {"shots": 1, **facts})
 
 
@@ -87,7 +93,7 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
     volume, labels = np.stack([image[:1]] * 3, -1), np.stack([label, label, 0 * label], -1)
     head = fit([Case(image, label), Case(volume, labels)], inferer, labels=LABELS, seconds=0.01)
     facts = head.describe()
-    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 2, LABELS)
+    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 1 + facts["guided"], LABELS)
     found = head.predict(volume)
     assert found.label_map.shape == (64, 64, 3) and found.probabilities.shape == (3, 64, 64, 3)
     assert found.certainty.shape == (64, 64, 3) and 0 <= found.confidence <= 1
@@ -95,14 +101,11 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
 
 
 @pytest.mark.slow
-def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, inferer, few_steps):
-    image, label = scene(0)
-    shown = show_encoded(inferer, inferer.encode(image))
-    classes = [shares(torch.tensor([0, 1, 0, 2])[label.astype(int)], 3)]
-    again, _ = fit_shown([shown], classes, **few_steps)
+def test_equal_seeds_give_equal_heads_and_go_on_from_where_they_are(head, learned_from, few_steps):
+    again, _ = fit_shown(*learned_from, **few_steps)
     for a, b in zip(again.state_dict().values(), head.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    further, _ = fit_shown([shown], classes, **few_steps, start=head)
+    further, _ = fit_shown(*learned_from, **few_steps, start=head)
     assert torch.equal(further.prior, head.network.prior)
     for name in ("guided", "plain"):
         now, before = (getattr(network, name).final_conv.weight for network in (further, head.network))
@@ -257,7 +260,7 @@ def test_a_network_begins_at_what_the_labels_say_of_the_foreground():
     def begin(foreground: torch.Tensor) -> torch.Tensor:
         network = FewShotNet(class_shares(foreground, truth)).eval()
         with torch.inference_mode():
-            return network(image, foreground)[0].softmax(1)[0, 1]
+            return network(image, foreground).softmax(1)[0, 1]
 
     # Right, exactly wrong, and half of all that is the object.
     assert torch.equal(begin(truth[:, 1:]) > 0.5, truth[0, 1] > 0.5)
@@ -269,13 +272,32 @@ def test_a_network_begins_at_what_the_labels_say_of_the_foreground():
 def test_the_second_network_sees_the_image_alone_and_both_are_asked(head):
     generator = torch.Generator().manual_seed(0)
     image, mask = torch.rand(3, 32, 32, generator=generator), torch.zeros(1, 32, 32)
-    guided, plain = head.network(image[None], mask[None])
-    guided_inside, plain_inside = head.network(image[None], 1 - mask[None])
-    assert torch.equal(plain, plain_inside) and not torch.allclose(guided, guided_inside)
+    guided, guided_inside = (head.network(image[None], seen[None]) for seen in (mask, 1 - mask))
+    assert not torch.allclose(guided, guided_inside)
     found = head.network.probabilities(image, mask)
     torch.testing.assert_close(found.sum(0), torch.ones(32, 32))
     turned = head.network.probabilities(image.flip(-2, -1), mask)
     torch.testing.assert_close(found, turned.flip(-2, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_what_finds_nothing_that_is_labelled_is_not_shown(tmp_path, inferer):
+    truth = torch.zeros(2, 32, 32)
+    truth[1, 4:12, 4:12] = 1
+    truth[0] = 1 - truth[1]
+    elsewhere, near = torch.zeros(1, 128, 128), torch.zeros(1, 128, 128)
+    elsewhere[:, 80:, 80:], near[:, 30:60, 30:60] = 1, 1
+    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    for foreground, guided in ((elsewhere, False), (near, True)):
+        shown = [Shown(image, foreground, (32, 32))]
+        network, facts = fit_shown(shown, [truth], left=lambda: 1.0, steps=1)
+        assert facts["guided"] is guided and facts["steps"] == 1 + guided
+        head = LearnedHead(inferer, network, {"object": 1}, facts)
+        head.save(tmp_path / "head")
+        again = LearnedHead.load(tmp_path / "head", inferer)
+        assert again.guided is guided
+        assert np.array_equal(again.probabilities(shown[0]), head.probabilities(shown[0]))
+        # It is gone on with as it is.
+        assert fit_shown(shown, [truth], left=lambda: 1.0, steps=1, start=again)[1]["guided"] is guided
 
 
 def test_a_network_that_finds_hardly_any_of_a_label_is_not_asked_about_it():

@@ -131,6 +131,11 @@ class LearnedHead:
         """Whether it was learned from volumes as a whole, and labels such."""
         return isinstance(self.network, VolumeNet)
 
+    @property
+    def guided(self) -> bool:
+        """Whether one of its networks is shown what the frozen model finds without a label."""
+        return isinstance(self.network, FewShotNet) and self.network.guided is not None
+
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
 
@@ -174,7 +179,7 @@ class LearnedHead:
             "labels": self.labels,
             "labels_sha256": _labels_sha256(self.labels),
             "belongs_to": {} if self.of_volumes else _belongs_to(self.inferer),
-            "network": {"classes": self.network.classes, "of_volumes": self.of_volumes},
+            "network": {"classes": self.network.classes, "of_volumes": self.of_volumes, "guided": self.guided},
             "facts": self.facts,
         }
         write_folder(Path(folder), tensors, config)
@@ -208,7 +213,8 @@ class LearnedHead:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
             # What it begins at is loaded with the weights.
             classes = described["classes"]
-            network = VolumeNet(torch.ones(classes)) if of_volumes else FewShotNet(torch.ones(2, classes))
+            shares, guided = torch.ones(2, classes), described.get("guided", True)
+            network = VolumeNet(shares[0]) if of_volumes else FewShotNet(shares, guided)
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
             raise

@@ -14,6 +14,8 @@ LEAST = 0.0067
 """Share of the pixels at least that every class is believed to have, e^-5: a few images do not rule a class out."""
 HARDLY = 1 / 3
 """Of two networks the one that finds less than this share of the other's pixels of a label is not asked about it."""
+FOUND = 0.1
+"""Dice of the frozen model's foreground with what is labelled, on the labelled images, below which it is not shown: it is noise."""
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1))
 """Axes of the mirror images over which an answer is the mean; of all four it is no better."""
 
@@ -34,6 +36,12 @@ def class_shares(foreground: Tensor, truths: Tensor) -> Tensor:
     return shares / shares.sum(1, keepdim=True)
 
 
+def foreground_helps(foreground: Tensor, truths: Tensor) -> bool:
+    """Whether the frozen model finds anything of what is labelled, see ``FOUND``; takes what ``class_shares`` does."""
+    wanted = 1 - truths[:, :1]
+    return 2 * float((foreground * wanted).sum()) >= FOUND * float(foreground.sum() + wanted.sum())
+
+
 class FewShotNet(nn.Module):
     """Logits of every label from an image, by two networks: one that is shown the frozen model's foreground, and one that is not.
 
@@ -43,35 +51,42 @@ class FewShotNet(nn.Module):
 
     Args:
         shares: (2, classes), of ``class_shares``.
+        guided: whether there is the first; without it the second answers alone.
     """
 
     prior: Tensor
 
-    def __init__(self, shares: Tensor):
+    def __init__(self, shares: Tensor, guided: bool = True):
         super().__init__()
         self.classes = shares.shape[1]
-        self.guided = BasicUNet(2, 4, self.classes, features=WIDTHS)
-        nn.init.zeros_(self.guided.final_conv.weight)
-        nn.init.zeros_(self.guided.final_conv.bias)
+        self.guided = BasicUNet(2, 4, self.classes, features=WIDTHS) if guided else None
+        if self.guided is not None:
+            nn.init.zeros_(self.guided.final_conv.weight)
+            nn.init.zeros_(self.guided.final_conv.bias)
         self.plain = BasicUNet(2, 3, self.classes)
         self.register_buffer("prior", shares.log())
 
-    def forward(self, image: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) and (B, 1, S, S), both in [0, 1] -> logits (B, classes, S, S) of both networks, the guided one first."""
-        return self.guided_logits(image, foreground), self.plain(image)
+    def forward(self, image: Tensor, foreground: Tensor) -> Tensor:
+        """Of the guided network: (B, 3, S, S) and (B, 1, S, S), both in [0, 1] -> logits (B, classes, S, S).
 
-    def guided_logits(self, image: Tensor, foreground: Tensor) -> Tensor:
-        """As ``forward``, of the guided network alone."""
+        Raises:
+            RuntimeError: there is none.
+        """
         return self._guided(torch.cat([image, foreground], 1))
 
     def _guided(self, both: Tensor) -> Tensor:
+        if self.guided is None:
+            raise RuntimeError("this network has no guided part")
         outside, inside = self.prior[:, None, :, None, None]
         return self.guided(both) + outside.lerp(inside, both[:, -1:])
 
     @torch.inference_mode()
     def probabilities(self, image: Tensor, foreground: Tensor) -> Tensor:
         """(3, S, S) and (1, S, S) -> (classes, S, S): of both networks together, each the mean over the mirror images."""
-        return joined(mirrored(self._guided, torch.cat([image, foreground])), mirrored(self.plain, image))
+        plain = mirrored(self.plain, image)
+        if self.guided is None:
+            return plain
+        return joined(mirrored(self._guided, torch.cat([image, foreground])), plain)
 
 
 def joined(one: Tensor, other: Tensor) -> Tensor:
