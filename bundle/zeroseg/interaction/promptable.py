@@ -411,7 +411,7 @@ class Session:
         odds = self._odds(marks, step)
         if odds is not None:
             near = ndimage.binary_dilation(said.any(0).reshape(grid), iterations=STROKE_REACH)
-            score += STROKE_WEIGHT * (2 * said[:, near.ravel()] - 1) @ odds[near] / np.count_nonzero(near)
+            score += STROKE_WEIGHT * (2 * said[:, near.ravel()] - 1) @ odds[near] / max(1, np.count_nonzero(near))
         k, shown = divmod(int(score.argmax()), CANDIDATES)
         own = _over(logits[k], windows[k])
         return self._shown(self._candidates(own, windows[k], marks), own, quality[k], shown, windows[k])
