@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,29 +24,14 @@ from zeroseg.learning.volumes import VolumeNet, change
 if TYPE_CHECKING:
     from zeroseg.interaction.inferer import AttentionSegmentationInferer
 
-STEPS, GUIDED_STEPS, BATCH = 400, 150, 2
-"""Steps at most of each network, of the guided one, which learns no more from further ones and leaves the time to the other; and
-images in each, of volumes two changed copies of one."""
+STEPS, BATCH = 400, 2
+"""Steps at most of each network, and images in each; of volumes two changed copies of one."""
 RATE, VOLUME_RATE, LEAST, DECAY = 1e-3, 2e-3, 1e-2, 1e-2
 """Learning rates, of images and of volumes, which fall on a line, the share of them that is left in the end, and weight decay."""
 
 Network = TypeVar("Network", FewShotNet, VolumeNet)
 Look = Callable[[], tuple[Tensor, Tensor]]
 """What a network looks at in a step: gives its logits of what was drawn, and the truth."""
-
-
-class Part(NamedTuple):
-    """A network that learns.
-
-    Attributes:
-        network: its weights.
-        look: what it looks at in a step.
-        steps: at most.
-    """
-
-    network: nn.Module
-    look: Look
-    steps: int
 
 
 class Stopped(ZeroSegError):
@@ -79,7 +64,7 @@ def fit(
         cancelled: asked between steps; as ``progress`` from several threads, one at a time.
         seed: of every random number. Equal input, settings and number of steps give equal heads.
         start: a head to go on from; of the same labels and backbone.
-        steps: of each network at most, after which it learns no further; of the guided one ``GUIDED_STEPS`` at most.
+        steps: of each network, after which it learns no further.
 
     Raises:
         Stopped: ``cancelled`` said so.
@@ -141,7 +126,7 @@ def fit_shown(
         other arguments: as ``fit``.
 
     Returns:
-        the network, and ``steps`` (of both its networks), ``train_dice``, ``guided`` (whether one is shown the foreground) and ``seed``.
+        the network, and ``steps`` (of all its networks), ``train_dice``, ``guided`` (whether one is shown the foreground), ``seed``.
     """
     images = torch.stack([s.image for s in shown])
     truths = torch.stack([squeeze(c) for c in classes])
@@ -160,10 +145,10 @@ def fit_shown(
 
         return look
 
-    parts = [Part(network.plain, looks(lambda image, _: network.plain(image), seed + 1), steps)]
+    parts: list[tuple[nn.Module, Look]] = [(network.plain, looks(lambda image, _: network.plain(image), seed + 1))]
     if network.guided is not None:
-        parts.insert(0, Part(network.guided, looks(network, seed), min(steps, GUIDED_STEPS)))
-    return network, _learn(parts, RATE, left, progress, cancelled) | {"guided": guided, "seed": seed}
+        parts.insert(0, (network.guided, looks(network, seed)))
+    return network, _learn(parts, RATE, left, progress, cancelled, steps) | {"guided": guided, "seed": seed}
 
 
 def fit_volumes(
@@ -197,26 +182,27 @@ def fit_volumes(
         scans, truths = change(scan, truth, generator)
         return network(scans), truths
 
-    facts = _learn([Part(network, look, steps)], VOLUME_RATE, left, progress, cancelled)
+    facts = _learn([(network, look)], VOLUME_RATE, left, progress, cancelled, steps)
     return network, {"volumes": len(seen), **facts, "seed": seed}
 
 
 def _learn(
-    parts: Sequence[Part],
+    parts: Sequence[tuple[nn.Module, Look]],
     rate: float,
     left: Callable[[], float],
     progress: Callable[[int, int, float], None] | None,
     cancelled: Callable[[], bool] | None,
+    steps: int,
 ) -> dict:
-    """Networks that learn side by side. Returns ``steps`` of all, and ``train_dice`` of the worst."""
-    reports = _Reports([part.steps for part in parts], progress, cancelled)
+    """Networks that learn side by side, each with what it looks at. Returns ``steps`` of all, and ``train_dice`` of the worst."""
+    reports = _Reports(len(parts), steps, progress, cancelled)
     if len(parts) == 1:
-        _learn_one(0, parts[0], rate, left, reports)
+        _learn_one(0, *parts[0], rate, left, reports)
     else:
         # Small convolutions hardly share work: a core each, the plain network makes a third more steps and the guided one three times
         # as many as on all cores one after the other.
         with _one_thread_each(), ThreadPoolExecutor(len(parts)) as pool:
-            running = [pool.submit(_learn_one, i, part, rate, left, reports) for i, part in enumerate(parts)]
+            running = [pool.submit(_learn_one, i, *part, rate, left, reports) for i, part in enumerate(parts)]
             try:
                 for one in as_completed(running):
                     one.result()
@@ -227,21 +213,23 @@ def _learn(
     return {"steps": sum(reports.done), "train_dice": round(min(reports.dice), 4)}
 
 
-def _learn_one(index: int, part: Part, rate: float, left: Callable[[], float], reports: _Reports) -> None:
+def _learn_one(
+    index: int, network: nn.Module, look: Look, rate: float, left: Callable[[], float], reports: _Reports
+) -> None:
     """Step after step of one network."""
-    optimizer = torch.optim.AdamW(part.network.parameters(), lr=rate, weight_decay=DECAY)
-    for done in range(part.steps):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=DECAY)
+    for done in range(reports.steps):
         _stop_if(reports.asked_to_stop)
-        spent = max(done / part.steps, 1 - left())
+        spent = max(done / reports.steps, 1 - left())
         if spent >= 1 and done:
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * (LEAST + 1 - min(1.0, spent))
         with torch.enable_grad():
-            loss, dice = loss_and_dice(*part.look())
+            loss, dice = loss_and_dice(*look())
             optimizer.zero_grad()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(part.network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         reports.step(index, dice)
 
@@ -256,11 +244,12 @@ class _Reports:
 
     def __init__(
         self,
-        steps: Sequence[int],
+        count: int,
+        steps: int,
         progress: Callable[[int, int, float], None] | None,
         cancelled: Callable[[], bool] | None,
     ):
-        self.done, self.dice, self._total = [0] * len(steps), [0.0] * len(steps), sum(steps)
+        self.steps, self.done, self.dice = steps, [0] * count, [0.0] * count
         self._progress, self._cancelled = progress, cancelled
         self._best, self._stopped, self._lock = 0.0, False, threading.Lock()
 
@@ -270,9 +259,9 @@ class _Reports:
             self.done[index] += 1
             self.dice[index] = dice if self.done[index] == 1 else 0.9 * self.dice[index] + 0.1 * dice
             self._best = max(self._best, min(self.dice))
-            made = sum(self.done)
-            if self._progress is not None and (made % 10 == 0 or made == self._total):
-                self._progress(made, self._total, self._best)
+            made, total = sum(self.done), self.steps * len(self.done)
+            if self._progress is not None and (made % 10 == 0 or made == total):
+                self._progress(made, total, self._best)
 
     def stop(self) -> None:
         """Let every network stop before its next step."""
