@@ -93,7 +93,7 @@ def test_fit_takes_images_and_volumes_and_says_what_it_did(inferer):
     volume, labels = np.stack([image[:1]] * 3, -1), np.stack([label, label, 0 * label], -1)
     head = fit([Case(image, label), Case(volume, labels)], inferer, labels=LABELS, seconds=0.01)
     facts = head.describe()
-    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 1 + facts["guided"], LABELS)
+    assert (facts["shots"], facts["slices"], facts["steps"], facts["labels"]) == (2, 4, 2, LABELS)
     found = head.predict(volume)
     assert found.label_map.shape == (64, 64, 3) and found.probabilities.shape == (3, 64, 64, 3)
     assert found.certainty.shape == (64, 64, 3) and 0 <= found.confidence <= 1
@@ -296,6 +296,9 @@ def test_what_finds_nothing_that_is_labelled_is_not_shown(tmp_path, inferer):
         again = LearnedHead.load(tmp_path / "head", inferer)
         assert again.guided is guided
         assert np.array_equal(again.probabilities(shown[0]), head.probabilities(shown[0]))
+        # The second network, here alone, sees the image alone.
+        inside_out = replace(shown[0], foreground=1 - foreground)
+        assert guided or np.array_equal(head.probabilities(inside_out), head.probabilities(shown[0]))
         # It is gone on with as it is.
         assert fit_shown(shown, [truth], left=lambda: 1.0, steps=1, start=again)[1]["guided"] is guided
 

@@ -30,7 +30,7 @@ def stroke_odds(image: Tensor, readout: Readout | None, marks: np.ndarray) -> np
     """Log-odds of the object at every pixel, learned from the marked ones.
 
     Args:
-        image: (3, H, W) in [0, 1].
+        image: (3, H, W) float32 in [0, 1], in the processor's memory.
         readout: the frozen model's maps of it, or None to go without.
         marks: (H, W) uint8: 1 object, 2 background, 0 neither.
 
@@ -53,7 +53,7 @@ def stroke_odds(image: Tensor, readout: Readout | None, marks: np.ndarray) -> np
 
 def _appearance(image: Tensor) -> list[np.ndarray]:
     """Maps (H, W): every colour as it is and smoothed, its gradient and its local deviation; of a grey image one colour."""
-    colours = image.float().cpu().numpy()
+    colours = image.numpy()
     if (np.ptp(colours, axis=0) < 2e-3).all():
         colours = colours[:1]
     maps = []

@@ -147,7 +147,7 @@ def fit_shown(
 
     parts: list[tuple[nn.Module, Look]] = [(network.plain, looks(lambda image, _: network.plain(image), seed + 1))]
     if network.guided is not None:
-        parts.insert(0, (network.guided, looks(network, seed)))
+        parts.append((network.guided, looks(network, seed)))
     return network, _learn(parts, RATE, left, progress, cancelled, steps) | {"guided": guided, "seed": seed}
 
 

@@ -179,7 +179,7 @@ class LearnedHead:
             "labels": self.labels,
             "labels_sha256": _labels_sha256(self.labels),
             "belongs_to": {} if self.of_volumes else _belongs_to(self.inferer),
-            "network": {"classes": self.network.classes, "of_volumes": self.of_volumes, "guided": self.guided},
+            "network": {"classes": self.network.classes, "of_volumes": self.of_volumes},
             "facts": self.facts,
         }
         write_folder(Path(folder), tensors, config)
@@ -213,7 +213,7 @@ class LearnedHead:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
             # What it begins at is loaded with the weights.
             classes = described["classes"]
-            shares, guided = torch.ones(2, classes), described.get("guided", True)
+            shares, guided = torch.ones(2, classes), any(name.startswith("network.guided.") for name in tensors)
             network = VolumeNet(shares[0]) if of_volumes else FewShotNet(shares, guided)
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
