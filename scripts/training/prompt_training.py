@@ -36,10 +36,19 @@ class PromptTraining:
         work: folder of the checkpoint and of log.jsonl; made when missing.
         rate: the highest learning rate.
         facts: kept with the checkpoint.
+        bf16: the forward pass in bfloat16, where that is possible without harm.
     """
 
-    def __init__(self, net: torch.nn.Module, mean: AveragedModel, work: Path, rate: float, facts: dict[str, Any]):
-        self.net, self.mean, self.work, self.rate, self.facts = net, mean, work, rate, facts
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        mean: AveragedModel,
+        work: Path,
+        rate: float,
+        facts: dict[str, Any],
+        bf16: bool = False,
+    ):
+        self.net, self.mean, self.work, self.rate, self.facts, self.bf16 = net, mean, work, rate, facts, bf16
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
         self.step = 0
         work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +95,8 @@ class PromptTraining:
                 x, target = see(episodes)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate()
-                logits, quality = self.net(x)
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                    logits, quality = (values.float() for values in self.net(x))
                 terms = losses(logits, quality, target, x, turn == 0)
                 loss = terms["shape"] + 0.5 * terms["obey"] + 0.3 * terms["quality"]
                 self.optimizer.zero_grad(set_to_none=True)

@@ -133,7 +133,7 @@ def test_a_folder_of_volumes_is_evaluated(dataset, model, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(dataset, model, out, "--ablation", "--nonsense", "--steps", "1,2") == 0
     summary = json.loads((out / "summary.json").read_text())
-    rows = ["tumor", "tumor_aova", "tumor_pixel", "tumor_feature", "tumor_steps_1", "tumor_steps_2"]
+    rows = ["tumor", "tumor_aova", "tumor_pixel", "tumor_feature", "tumor_words", "tumor_steps_1", "tumor_steps_2"]
     assert list(summary["protocols"]) == rows == summary["settings"]["protocols"]
     assert all(p["n"] == 2 and 0 <= p["dice"] <= 1 and p["seconds"] > 0 for p in summary["protocols"].values())
     assert summary["baselines"]["all_foreground"]["dice"] == pytest.approx(2 * 9**3 / (9**3 + 24**3))

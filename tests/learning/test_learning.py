@@ -23,7 +23,7 @@ from zeroseg.learning.features import find_components, read_encoded
 from zeroseg.learning.fitting import fit_shown, shares
 from zeroseg.learning.head import expected_dice
 from zeroseg.learning.inputs import Shown, show_encoded, squeeze
-from zeroseg.learning.network import FewShotNet, class_shares, joined
+from zeroseg.learning.network import FOUND, MIRRORS, FewShotNet, class_shares, joined
 from zeroseg.learning.store import read_folder
 
 LABELS = {"disc": 1, "square": 3}
@@ -258,7 +258,7 @@ def test_a_network_begins_at_what_the_labels_say_of_the_foreground():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def begin(foreground: torch.Tensor) -> torch.Tensor:
-        network = FewShotNet(class_shares(foreground, truth)).eval()
+        network = FewShotNet(class_shares(foreground, truth), 1.0).eval()
         with torch.inference_mode():
             return network(image, foreground).softmax(1)[0, 1]
 
@@ -290,17 +290,60 @@ def test_what_finds_nothing_that_is_labelled_is_not_shown(tmp_path, inferer):
     for foreground, guided in ((elsewhere, False), (near, True)):
         shown = [Shown(image, foreground, (32, 32))]
         network, facts = fit_shown(shown, [truth], left=lambda: 1.0, steps=1)
-        assert facts["guided"] is guided and facts["steps"] == 1 + guided
+        assert (facts["found"] >= FOUND) is guided and facts["steps"] == 1 + guided
         head = LearnedHead(inferer, network, {"object": 1}, facts)
         head.save(tmp_path / "head")
         again = LearnedHead.load(tmp_path / "head", inferer)
-        assert again.guided is guided
+        assert (again.network.guided is not None) is guided and again.found == head.found
         assert np.array_equal(again.probabilities(shown[0]), head.probabilities(shown[0]))
         # The second network, here alone, sees the image alone.
         inside_out = replace(shown[0], foreground=1 - foreground)
         assert guided or np.array_equal(head.probabilities(inside_out), head.probabilities(shown[0]))
         # It is gone on with as it is.
-        assert fit_shown(shown, [truth], left=lambda: 1.0, steps=1, start=again)[1]["guided"] is guided
+        on, _ = fit_shown(shown, [truth], left=lambda: 1.0, steps=1, start=again)
+        assert (on.guided is not None) is guided
+
+
+class Says(torch.nn.Module):
+    """Sure of a mask (S, S), whatever it is shown."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        turned = [self.mask.flip(axes) for axes in MIRRORS]
+        return torch.stack([torch.stack([-5.0 * m, 5.0 * m - 2.5]) for m in turned])
+
+
+@pytest.mark.parametrize(
+    ("found", "classes", "aside", "taken"),
+    [(0.9, 2, 12, True), (0.9, 2, 1, False), (0.55, 2, 12, False), (0.9, 3, 12, False)],
+)
+def test_where_the_networks_contradict_each_other_a_foreground_that_was_good_is_the_answer(
+    found, classes, aside, taken
+):
+    one, foreground = torch.zeros(32, 32), torch.zeros(1, 32, 32)
+    one[4:20, 4:20], foreground[:, 6:24, 6:24] = 1, 1
+    shares = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
+    if classes == 3:
+        shares = torch.cat([shares, torch.full((2, 1), 1e-3)], 1)
+    network = FewShotNet(shares, found).eval()
+    # The guided network begins at the shares; what the two say is laid in its place.
+    network.guided, network.plain = Says(one), Says(one.roll(aside, 0))
+    network.prior = torch.zeros_like(network.prior)
+    if classes == 3:
+        for part in (network.guided, network.plain):
+            part.register_forward_hook(lambda module, args, out: torch.cat([out, torch.full_like(out[:, :1], -9)], 1))
+    said = network.probabilities(torch.rand(3, 32, 32), foreground)
+    torch.testing.assert_close(said.sum(0), torch.ones(32, 32))
+    assert torch.equal(said.argmax(0) > 0, foreground[0] > 0) is taken
+
+
+def test_a_foreground_taken_as_the_answer_is_as_sure_as_it_was_right():
+    network = FewShotNet(torch.tensor([[0.9, 0.1], [0.55, 0.45]]), 0.9)
+    said = network._as_found(torch.tensor([[[0.0, 1.0]]]))[1, 0]
+    torch.testing.assert_close(said, torch.tensor([0.1, 0.51]))
 
 
 def test_a_network_that_finds_hardly_any_of_a_label_is_not_asked_about_it():

@@ -12,10 +12,14 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from scipy import ndimage
 
+from zeroseg.attention.prepare import prepare
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.interaction.volume_session import VolumeEvent, VolumeSession, load_volume_head, spacing_of
+from zeroseg.regions import innermost, largest_component
 from zeroseg.tumor import AovaAdapters, TumorSegmentationInferer
+from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.inferer import STAGES
 
 AFFINE = np.diag([2.0, 2, 4, 1])
@@ -80,6 +84,36 @@ def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
     result = inferer.segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
     near = ndimage.binary_dilation(result.evidence["aova"] > inferer.suspicion, np.ones((3, 3, 3)))
     assert not (result.labels.astype(bool) & ~near).any()
+
+
+def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny_tumor_model):
+    def ask(weight: float, modality: str = "ct", **prompt):
+        adapters = load_adapters(tiny_tumor_model)
+        adapters.head = {"ct": weight}
+        inferer = make(adapters=adapters)
+        encoded = inferer.encode(volume, AFFINE, modality)
+        return inferer.predict(encoded, **prompt), encoded
+
+    words = make(stages=STAGES[:4]).segment(volume, AFFINE, "ct").labels > 0
+    said, _ = ask(1e9)
+    assert said.details["stages"] == list(STAGES) and "head" in said.seconds
+    np.testing.assert_array_equal(said.labels > 0, words)
+    # Almost without the words: the candidates that the head has for the click, each by its estimate and its agreement.
+    found, encoded = ask(1e-9)
+    click = tuple(found.details["click"])
+    assert click == innermost(largest_component(words))
+    session = VolumeSession(load_volume_head(), prepare(encoded.scan)[0], spacing_of(AFFINE))
+    answer = session.answer([VolumeEvent(((*click, 1),))])
+    main, votes, total = largest_component(words), np.zeros(words.shape), 0.0
+    for k, estimate in enumerate(answer.estimates):
+        candidate = answer.whole(words.shape, k)
+        weight = estimate * np.count_nonzero(candidate & main) / np.count_nonzero(candidate | main)
+        votes, total = votes + weight * candidate, total + weight
+    np.testing.assert_array_equal(found.labels > 0, votes / total > 0.5)
+    assert not np.array_equal(found.labels > 0, words) and found.labels[click] == 1
+    # It is asked in the modalities it helps in, and not where the user clicks.
+    for result, _ in (ask(0.4, "pet"), ask(0.4, points=[[4, 4, 4]])):
+        assert "head" not in result.details["stages"] and "head" not in result.seconds
 
 
 def test_other_settings_share_the_models(make):

@@ -40,6 +40,7 @@ ABLATION: dict[str, tuple[str, ...]] = {
     "tumor_aova": ("aova",),
     "tumor_pixel": ("aova", "inpaint", "pixel"),
     "tumor_feature": ("aova", "inpaint", "feature"),
+    "tumor_words": ("aova", "inpaint", "pixel", "feature"),
 }
 """Row -> stages. Inpainting alone has no row: only the residuals turn it into evidence."""
 NONSENSE = ("bicycle saddle", "wooden chair", "football match", "green apple", "qwertz uiop")

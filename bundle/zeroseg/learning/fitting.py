@@ -18,7 +18,7 @@ from zeroseg.learning.augmentation import augment
 from zeroseg.learning.cases import Case, as_volumes, check_labels, labelled_slices, labelled_volumes
 from zeroseg.learning.head import LearnedHead
 from zeroseg.learning.inputs import Shown, show_encoded, squeeze
-from zeroseg.learning.network import FewShotNet, class_shares, foreground_helps
+from zeroseg.learning.network import FewShotNet, class_shares, foreground_dice
 from zeroseg.learning.volumes import VolumeNet, change
 
 if TYPE_CHECKING:
@@ -126,14 +126,15 @@ def fit_shown(
         other arguments: as ``fit``.
 
     Returns:
-        the network, and ``steps`` (of all its networks), ``train_dice``, ``guided`` (whether one is shown the foreground), ``seed``.
+        the network, and ``steps`` (of all its networks), ``train_dice``, ``found`` (Dice of the foreground with what is labelled), ``seed``.
     """
     images = torch.stack([s.image for s in shown])
     truths = torch.stack([squeeze(c) for c in classes])
     foreground = torch.stack([s.foreground for s in shown])
     maps = torch.cat([truths, foreground], 1)
-    guided = foreground_helps(foreground, truths) if start is None else start.guided
-    network = _begin(lambda: FewShotNet(class_shares(foreground, truths), guided), seed, start)
+    # A head that is gone on with keeps the networks it has.
+    found = foreground_dice(foreground, truths) if start is None else start.found
+    network = _begin(lambda: FewShotNet(class_shares(foreground, truths), found), seed, start)
 
     def looks(answer: Callable[[Tensor, Tensor], Tensor], seed: int) -> Look:
         generator = torch.Generator().manual_seed(seed)
@@ -148,7 +149,7 @@ def fit_shown(
     parts: list[tuple[nn.Module, Look]] = [(network.plain, looks(lambda image, _: network.plain(image), seed + 1))]
     if network.guided is not None:
         parts.append((network.guided, looks(network, seed)))
-    return network, _learn(parts, RATE, left, progress, cancelled, steps) | {"guided": guided, "seed": seed}
+    return network, _learn(parts, RATE, left, progress, cancelled, steps) | {"found": round(found, 4), "seed": seed}
 
 
 def fit_volumes(

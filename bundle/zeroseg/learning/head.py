@@ -132,9 +132,9 @@ class LearnedHead:
         return isinstance(self.network, VolumeNet)
 
     @property
-    def guided(self) -> bool:
-        """Whether one of its networks is shown what the frozen model finds without a label."""
-        return isinstance(self.network, FewShotNet) and self.network.guided is not None
+    def found(self) -> float:
+        """Dice of what the frozen model finds without a label with what was labelled; 0 where it was not asked."""
+        return float(self.network.found) if isinstance(self.network, FewShotNet) else 0.0
 
     def predict(self, image: EncodedImage | Tensor | np.ndarray) -> Prediction:
         """Label an image or a volume.
@@ -213,8 +213,8 @@ class LearnedHead:
                 raise WeightsError(f"the head in {folder.name} has not the classes of its labels: learn it again")
             # What it begins at is loaded with the weights.
             classes = described["classes"]
-            shares, guided = torch.ones(2, classes), any(name.startswith("network.guided.") for name in tensors)
-            network = VolumeNet(shares[0]) if of_volumes else FewShotNet(shares, guided)
+            shares = torch.ones(2, classes)
+            network = VolumeNet(shares[0]) if of_volumes else FewShotNet(shares, float(tensors["network.found"]))
             network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
         except WeightsError:
             raise

@@ -16,6 +16,11 @@ HARDLY = 1 / 3
 """Of two networks the one that finds less than this share of the other's pixels of a label is not asked about it."""
 FOUND = 0.1
 """Dice of the frozen model's foreground with what is labelled, on the labelled images, below which it is not shown: it is noise."""
+TRUSTED, APART = 0.6, 0.8
+"""That Dice from which on the foreground is taken where the networks contradict each other, and the share of it that their own Dice
+with each other is below then. Chosen on phantoms."""
+SURE = 0.01
+"""By how much an answer taken from the foreground is surer than not at least."""
 MIRRORS: tuple[tuple[int, ...], ...] = ((), (-2, -1))
 """Axes of the mirror images over which an answer is the mean; of all four it is no better."""
 
@@ -36,10 +41,10 @@ def class_shares(foreground: Tensor, truths: Tensor) -> Tensor:
     return shares / shares.sum(1, keepdim=True)
 
 
-def foreground_helps(foreground: Tensor, truths: Tensor) -> bool:
-    """Whether the frozen model finds anything of what is labelled, see ``FOUND``; takes what ``class_shares`` does."""
+def foreground_dice(foreground: Tensor, truths: Tensor) -> float:
+    """Dice of the frozen model's foreground with everything that is labelled; takes what ``class_shares`` does."""
     wanted = 1 - truths[:, :1]
-    return 2 * float((foreground * wanted).sum()) >= FOUND * float(foreground.sum() + wanted.sum())
+    return 2 * float((foreground * wanted).sum()) / max(1.0, float(foreground.sum() + wanted.sum()))
 
 
 class FewShotNet(nn.Module):
@@ -48,23 +53,28 @@ class FewShotNet(nn.Module):
     The last layer of the first starts at zero: at first every pixel has the class that is met most where the foreground is, or is not,
     on the labelled images. So where the frozen model finds the object the network begins there, and steps are spent on the difference.
     Where the frozen model looks elsewhere the second network does better; and two that were fitted to the same few images err apart.
+    On an image of which they say quite different things neither has learned enough: where the foreground was good on the labelled
+    images, it is the answer there.
 
     Args:
         shares: (2, classes), of ``class_shares``.
-        guided: whether there is the first; without it the second answers alone.
+        found: of ``foreground_dice``; below ``FOUND`` there is no first network, and the second answers alone.
     """
 
     prior: Tensor
+    found: Tensor
 
-    def __init__(self, shares: Tensor, guided: bool = True):
+    def __init__(self, shares: Tensor, found: float):
         super().__init__()
         self.classes = shares.shape[1]
+        guided = found >= FOUND
         self.guided = BasicUNet(2, 4, self.classes, features=WIDTHS) if guided else None
         if self.guided is not None:
             nn.init.zeros_(self.guided.final_conv.weight)
             nn.init.zeros_(self.guided.final_conv.bias)
         self.plain = BasicUNet(2, 3, self.classes)
         self.register_buffer("prior", shares.log())
+        self.register_buffer("found", torch.tensor(found))
 
     def forward(self, image: Tensor, foreground: Tensor) -> Tensor:
         """Of the guided network: (B, 3, S, S) and (B, 1, S, S), both in [0, 1] -> logits (B, classes, S, S).
@@ -86,7 +96,24 @@ class FewShotNet(nn.Module):
         plain = mirrored(self.plain, image)
         if self.guided is None:
             return plain
-        return joined(mirrored(self._guided, torch.cat([image, foreground])), plain)
+        guided = mirrored(self._guided, torch.cat([image, foreground]))
+        if self._apart(guided, plain):
+            return self._as_found(foreground)
+        return joined(guided, plain)
+
+    def _apart(self, one: Tensor, other: Tensor) -> bool:
+        """Whether the two contradict each other so much that the foreground is the better answer; asked where there is one label."""
+        if self.classes != 2 or self.found < TRUSTED:
+            return False
+        masks = one.argmax(0) > 0, other.argmax(0) > 0
+        common, total = int((masks[0] & masks[1]).sum()), sum(int(mask.sum()) for mask in masks)
+        return 2 * common < APART * float(self.found) * total
+
+    def _as_found(self, foreground: Tensor) -> Tensor:
+        """(1, S, S) -> (2, S, S): the foreground as the answer, as sure as it was right on the labelled images."""
+        outside, inside = self.prior.exp()[:, 1]
+        label = outside.clamp_max(0.5 - SURE).lerp(inside.clamp_min(0.5 + SURE), foreground)
+        return torch.cat([1 - label, label])
 
 
 def joined(one: Tensor, other: Tensor) -> Tensor:

@@ -231,8 +231,9 @@ def healthy_margin_loss(
 def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) -> AovaAdapters:
     """Trained adapters from a folder with ``adapters.safetensors`` and the entry ``adapters`` in ``config.json``.
 
-    The entries ``fusion`` (the learned weights of ``residuals.fuse``) and ``presence`` (the image logit that counts as even
-    odds), each per modality, become the module's attributes where they are there.
+    The entries ``fusion`` (the learned weights of ``residuals.fuse``), ``presence`` (the image logit that counts as even odds) and
+    ``head`` (what the words weigh beside the candidates of the promptable head, which is asked in the modalities named only), each per
+    modality, become the module's attributes where they are there.
 
     Args:
         source: ``"embedded"``, that folder, or the path of ``adapters.safetensors`` in it.
@@ -271,7 +272,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
             f"the adapters in {name} read text vectors of {adapters.options['text_dim']} numbers, the text encoder gives {text_dim}: "
             "adapters fit only the encoder they were trained with"
         )
-    adapters.fusion, adapters.presence = config.get("fusion"), config.get("presence")
+    adapters.fusion, adapters.presence, adapters.head = (config.get(name) for name in ("fusion", "presence", "head"))
     adapters.sha256 = file_sha256(path)
     return use_onednn(adapters).eval().requires_grad_(False)
 
