@@ -86,6 +86,27 @@ def test_the_mask_stays_within_the_dilated_aova_map(make, volume):
     assert not (result.labels.astype(bool) & ~near).any()
 
 
+def test_a_mask_that_is_not_sure_enough_is_absent_where_the_adapters_judge_by_it(make, volume, tiny_tumor_model):
+    adapters = load_adapters(tiny_tumor_model)
+    adapters.presence_of = {"ct": "mask"}
+    options = {"adapters": adapters, "stages": ("aova",), "presence": 0.5, "min_volume_ml": 0}
+
+    def ask(even_odds: float):
+        adapters.presence = {"ct": even_odds}
+        return make(**options).segment(volume, affine=np.diag([3.0, 3, 3, 1]), modality="ct")
+
+    found = ask(0.0)
+    probability = found.evidence["aova"][found.labels > 0]
+    sure = found.details["presence_log_odds"]
+    assert sure == pytest.approx(np.quantile(np.log(probability / (1 - probability)), 0.9), abs=1e-3) and sure > 0
+    assert not ask(sure - 0.01).absent
+    unsure = ask(sure + 0.01)
+    assert unsure.absent and not unsure.labels.any() and "does not look like it" in unsure.reason
+    nothing = make(**{**options, "min_volume_ml": 1e6}).segment(volume, affine=AFFINE, modality="ct")
+    assert nothing.details["presence_log_odds"] is None and "no part is large" in nothing.reason
+    json.dumps(nothing.details, allow_nan=False)
+
+
 def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny_tumor_model):
     def ask(weight: float, modality: str = "ct", **prompt):
         adapters = load_adapters(tiny_tumor_model)

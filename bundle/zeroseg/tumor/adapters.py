@@ -298,11 +298,11 @@ class AovaAdapters(nn.Module):
             "whole_mm": whole_mm,
         }
         self.top_ml, self.whole_mm = top_ml, whole_mm
-        self.fusion: dict[str, dict[str, dict[str, float]]] | None = None  # per modality, see residuals.fuse
-        self.presence: dict[str, float] | None = None  # per modality, the image logit that counts as even odds
-        self.head: dict[str, float] | None = (
-            None  # per modality, what the words weigh beside the promptable head's candidates
-        )
+        # All per modality, see ``aova.load_adapters``.
+        self.fusion: dict[str, dict[str, dict[str, float]]] | None = None
+        self.presence: dict[str, float] | None = None
+        self.presence_of: dict[str, str] | None = None
+        self.head: dict[str, float] | None = None
         self.sha256: str | None = None  # of the file they were loaded from
         self.alpha = alpha
         self.surroundings = Surroundings(channels, deeper, whole_mm is not None) if deeper else None

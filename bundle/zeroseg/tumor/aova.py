@@ -231,9 +231,11 @@ def healthy_margin_loss(
 def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) -> AovaAdapters:
     """Trained adapters from a folder with ``adapters.safetensors`` and the entry ``adapters`` in ``config.json``.
 
-    The entries ``fusion`` (the learned weights of ``residuals.fuse``), ``presence`` (the image logit that counts as even odds) and
-    ``head`` (what the words weigh beside the candidates of the promptable head, which is asked in the modalities named only), each per
-    modality, become the module's attributes where they are there.
+    Further entries, each per modality, become the module's attributes where they are there:
+      ``fusion``       the learned weights of ``residuals.fuse``;
+      ``presence``     the log-odds that count as even odds of there being a tumour at all;
+      ``presence_of``  of what: "image", the adapters' answer of the volume as a whole, as where nothing is said, or "mask";
+      ``head``         what the words weigh beside the candidates of the promptable head; in other modalities it is not asked.
 
     Args:
         source: ``"embedded"``, that folder, or the path of ``adapters.safetensors`` in it.
@@ -273,6 +275,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
             "adapters fit only the encoder they were trained with"
         )
     adapters.fusion, adapters.presence, adapters.head = (config.get(name) for name in ("fusion", "presence", "head"))
+    adapters.presence_of = config.get("presence_of")
     adapters.sha256 = file_sha256(path)
     return use_onednn(adapters).eval().requires_grad_(False)
 

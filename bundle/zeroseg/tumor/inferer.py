@@ -52,6 +52,8 @@ OWN_ADAPTERS = {
     **{(organ, modality): EMBEDDED_LIMB for organ in OF_THE_LIMBS for modality in ("ct", "pet")},
 }
 """Organ and modality -> the embedded adapters that were made for them. In MR the general ones find sarcomas better."""
+SUREST = 0.9
+"""Quantile of a mask's log-odds that says how sure it is."""
 TOGETHER = (EMBEDDED_LIMB,)
 """Those of them that answer together with the general ones, by the same words, and do not replace them."""
 
@@ -133,10 +135,10 @@ class TumorSegmentationInferer(Inferer):
     "embedded:limb"): where the embedded ones are in use and such an organ is asked for, those answer, of limbs together with the general
     ones.
 
-    The answer is "absent" (an empty mask) when the text encoder knows none of the tumour's words, when the image-level
-    probability is below ``presence``, when the prompt explains no voxel better than the null prompts do, or when no
-    part of the mask is large enough. The paper has no such answer; without one, every prompt finds something in every
-    scan.
+    The answer is "absent" (an empty mask) when the text encoder knows none of the tumour's words, when the probability that
+    there is one (by the volume as a whole, or by the surest tenth of the mask, as the adapters say) is below ``presence``, when
+    the prompt explains no voxel better than the null prompts do, or when no part of the mask is large enough. The paper has no
+    such answer; without one, every prompt finds something in every scan.
 
     Args:
         backbone: the frozen diffusion model; the embedded one by default.
@@ -156,7 +158,7 @@ class TumorSegmentationInferer(Inferer):
             it. Refinement can only take away, so the region has to be generous.
         dilation_mm: by which that region is enlarged before inpainting: its rim is tumour too.
         threshold: least probability of a tumour voxel, in (0, 1).
-        presence: least image-level probability, in [0, 1]; 0 switches that rule off.
+        presence: least probability that there is a tumour at all, in [0, 1]; 0 switches that rule off.
         min_volume_ml: smaller parts are dropped; within a single slice, the area such a ball would show.
         max_components: most parts kept, the largest first; None: all.
         fusion: ``learned`` weights of AOVA margin and residuals where the adapters' folder has them, or ``otsu``, see
@@ -514,8 +516,9 @@ class TumorSegmentationInferer(Inferer):
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
             mask = (logits > logit(self.threshold)) & maps.region
             mask = keep_components(mask, self._least_voxels(prepared), self.max_components)
-        even_odds = self._adapters.presence if self._adapters else None
-        image_logit = maps.aova.image_logit - (even_odds or {}).get(prepared.modality, 0.0)
+        even_odds = (self._loaded.presence or {}).get(prepared.modality, 0.0)
+        evidence_of_presence = self._evidence_of_presence(maps, logits[mask], prepared.modality)
+        image_logit = evidence_of_presence - even_odds
         reason = self._absent(tumor, maps.aova, image_logit, mask)
         with timed(seconds, "restore"):
             restored = 1 / (1 + np.exp(-prepared.to_input(torch.from_numpy(logits.astype(np.float32)))))
@@ -537,6 +540,7 @@ class TumorSegmentationInferer(Inferer):
             "modality": prepared.modality,
             "prompts": [list(pair) for pair in prompt_set(organ, tumor, prepared.modality)],
             "image_probability": round(sigmoid(image_logit), 4),
+            "presence_log_odds": round(evidence_of_presence, 4) if math.isfinite(evidence_of_presence) else None,
             "null_contrast": round(maps.aova.null_contrast, 4),
             "unknown_words": unknown,
             "stages": stages,
@@ -757,11 +761,24 @@ class TumorSegmentationInferer(Inferer):
         known = meaning.text is not None and not self.text_encoder.unknown_words(meaning.text)
         return meaning if known else Meaning(tumor)
 
+    def _evidence_of_presence(self, maps: TumorMaps, logits: np.ndarray, modality: str) -> float:
+        """Log-odds that there is a tumour at all, before they are set against those that count as even: by the adapters' answer of
+        the volume as a whole, or, where they say so, by how sure the surest tenth of the mask is.
+
+        Args:
+            maps: of the prompt.
+            logits: (n,) of the mask's voxels.
+            modality: of the volume.
+        """
+        if (self._loaded.presence_of or {}).get(modality) == "mask":
+            return float(np.quantile(logits, SUREST)) if len(logits) else -math.inf
+        return maps.aova.image_logit
+
     def _absent(self, tumor: str, aova: AovaMap, image_logit: float, mask: np.ndarray) -> str | None:
         """Why there is nothing to show, or None."""
         if len(self.text_encoder.unknown_words(tumor)) == len(tumor.split()):
             return "the text encoder knows none of the words"
-        if sigmoid(image_logit) < self.presence:
+        if mask.any() and sigmoid(image_logit) < self.presence:
             return "the volume as a whole does not look like it"
         if aova.null_contrast <= 1e-3:  # equal up to rounding
             return "the prompt explains no voxel better than no prompt does"

@@ -89,19 +89,30 @@ class FusionFitter:
         return found
 
     def fit_presence(self, missed: float = 0.1, least: int = 10) -> dict[str, float]:
-        """Per modality the image logit below which "absent" is answered: that share of the fusion's phantoms with a lesion lies
-        there, phantoms because their lesions are of all sizes.
+        """Per modality the log-odds below which "absent" is answered: that share of the fusion's phantoms with a lesion lies there,
+        phantoms because their lesions are of all sizes. Of the image, or where ``presence_of`` of the adapters says so of the masks
+        that are found, by the weights of their fusion.
 
         A choice for whoever relies on "absent": it seldom hides a tumour, at the price of more alarms in healthy volumes;
         ``presence`` of the inferer asks for more. Modalities with fewer than ``least`` volumes with a lesion are missing.
         """
-        logits: dict[str, list[float]] = {}
+        found: dict[str, list[float]] = {}
         phantoms, _ = phantoms_and_real(self.lesions)
         for case in tqdm(phantoms, desc="presence", mininterval=10):
-            known = logits.setdefault(case.modality, [])
+            known = found.setdefault(case.modality, [])
             if len(known) < 3 * self.volumes:
-                known.append(float(self._answer(self.reader.read(case)).image_logit))
-        return {m: float(np.quantile(known, missed)) for m, known in sorted(logits.items()) if len(known) >= least}
+                known += self._presence(case)
+        return {m: float(np.quantile(known, missed)) for m, known in sorted(found.items()) if len(known) >= least}
+
+    def _presence(self, case: TrainingCase) -> list[float]:
+        """The log-odds that speak for a lesion in a case, in a list; an empty one where no mask is found."""
+        if (self.adapters.presence_of or {}).get(case.modality) != "mask":
+            return [float(self._answer(self.reader.read(case)).image_logit)]
+        stages = [stage for stage in self.inferer.stages if stage != "head"]
+        values, affine, _ = case.load()
+        asked = self.inferer.replace(stages=stages).segment(values, affine, case.modality, case.organ)
+        found = asked.details["presence_log_odds"]
+        return [] if found is None else [found]
 
     @torch.inference_mode()
     def _answer(self, example: Example) -> AovaOutput:

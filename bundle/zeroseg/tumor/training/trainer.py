@@ -79,6 +79,7 @@ class AdapterTrainer:
         initial: folder of trained adapters to start from instead of random ones.
         fusion_volumes: phantoms, and as many real volumes at most, per modality that the residuals' fusion is fitted on;
             0: not fitted.
+        presence_of: modality -> "image" or "mask", by what it is judged whether there is a tumour at all; else by the image.
         seed: of everything random.
 
     Raises:
@@ -97,6 +98,7 @@ class AdapterTrainer:
         adapters: Mapping | None = None,
         initial: str | Path | None = None,
         fusion_volumes: int = 60,
+        presence_of: Mapping[str, str] | None = None,
         seed: int = 0,
     ):
         self.backbone, self.encoder = backbone.load(), text_encoder.load()
@@ -111,6 +113,7 @@ class AdapterTrainer:
         self.reader = CaseReader(backbone, sampling or Sampling(), seed, self.adapters.whole_mm)
         # Those of ``initial`` do not fit what comes out.
         self.adapters.fusion = self.adapters.presence = None
+        self.adapters.presence_of = dict(presence_of or {})
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
         self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
@@ -132,7 +135,8 @@ class AdapterTrainer:
             self.reader, self.encoder, self.adapters, self.sets.fusion, self.fusion_volumes, self.seed
         )
         if self.fusion_volumes:
-            self.adapters.fusion, self.adapters.presence = fitter.fit_weights(), fitter.fit_presence()
+            self.adapters.fusion = fitter.fit_weights()
+            self.adapters.presence = fitter.fit_presence()
         return self.save({case.stem: round(fitter.dice(case), 4) for case in self.sets.left_out})
 
     def train(self) -> None:
@@ -278,7 +282,7 @@ class AdapterTrainer:
         save_file(state, self.out / "adapters.safetensors")
         config = _read_json(self.out / "config.json")
         config["adapters"] = self.adapters.options
-        fitted = {"fusion": self.adapters.fusion, "presence": self.adapters.presence}
+        fitted = {name: getattr(self.adapters, name) for name in ("fusion", "presence", "presence_of")}
         config = {k: v for k, v in config.items() if k not in fitted} | {k: v for k, v in fitted.items() if v}
         (self.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         record = {"fusion": self._fusion_record(measured)}
