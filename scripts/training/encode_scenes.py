@@ -6,6 +6,11 @@
 Three sources take turns: synthetic scenes (``scenes.py``), the drawn phantoms of the backbone's training (``phantoms.py``), and real
 unlabelled images whose terms allow it, with pseudo-objects found by colour. No mask drawn by a human is read: of the folders only
 ``images`` are opened. Each shard ``shard_00000.npz`` holds 50 encoded images; the run goes on where it ended.
+
+With a head that was trained on these, real images alone, and slices of scans, with the objects that it finds itself (``own_objects.py``):
+
+    python scripts/training/encode_scenes.py --unlabelled DIR --training DIR --volumes DIR --own bundle/models/interaction \
+        --work runs/interaction --first 200 --count 1200
 """
 
 from __future__ import annotations
@@ -21,21 +26,25 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
+from own_objects import draw_slice, own_objects
 from phantoms import make_phantom
 from scenes import MOST_PIECES, make_scene, pseudo_objects
 from train_backbone import licensed
 from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.interaction.promptable import load_head
 
 SIZE = 256
 MAPS = 3
 RESOLUTION = 192
 """Side at which scenes are encoded: a third of the cost of 256, and 48 tokens a side in place of 64 to a head that reads maps."""
+SMALLEST_CROP = 64
+"""Side in pixels of a part of an image at least."""
 UNLABELLED = ("blood_bccd", "nuclei_dsb2018", "cxr_ieee8023")
 """Folders of unlabelled images whose terms (MIT, CC0, row by row) allow training; the others state none, or others."""
 
 
-def real_images(unlabelled: Path | None, training: Path | None) -> list[list[Path]]:
-    """Image files by folder; chest X-rays only where their row's licence allows it."""
+def real_images(unlabelled: Path | None, training: Path | None, volumes: Path | None = None) -> list[list[Path]]:
+    """Image files by folder, and scans; chest X-rays only where their row's licence allows it."""
     folders = []
     if unlabelled is not None:
         for name in UNLABELLED:
@@ -44,8 +53,8 @@ def real_images(unlabelled: Path | None, training: Path | None) -> list[list[Pat
             if rows.is_file():
                 files = licensed(files, rows)
             folders.append(files)
-    if training is not None:
-        folders += [sorted((d / "images").iterdir()) for d in sorted(training.iterdir()) if (d / "images").is_dir()]
+    for root in filter(None, (training, volumes)):
+        folders += [sorted((d / "images").iterdir()) for d in sorted(root.iterdir()) if (d / "images").is_dir()]
     return [f for f in folders if f]
 
 
@@ -58,6 +67,23 @@ def pieces_of_phantom(masks: dict[str, np.ndarray]) -> np.ndarray:
                 count += 1
                 pieces[parts == part] = count
     return pieces
+
+
+def real_crop(folders: list[list[Path]], rng: np.random.Generator) -> np.ndarray:
+    """(SIZE, SIZE, 3) uint8: an image of any folder alike, or a slice where it holds scans, as a whole or a part of it, turned."""
+    folder = folders[rng.integers(len(folders))]
+    file = folder[rng.integers(len(folder))]
+    scan = file.name.endswith((".nii", ".nii.gz"))
+    image = draw_slice(file, rng) if scan else np.asarray(Image.open(file).convert("RGB"))
+    h, w = image.shape[:2]
+    if rng.random() < 0.5:
+        side = max(min(h, w, SMALLEST_CROP), int(min(h, w) * rng.uniform(0.4, 1)))
+        y, x = rng.integers(h - side + 1), rng.integers(w - side + 1)
+        image = image[y : y + side, x : x + side]
+    image = cv2.resize(
+        image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_LINEAR
+    )
+    return np.ascontiguousarray(np.rot90(image, rng.integers(4))[:, :: rng.choice([-1, 1])])
 
 
 def draw(index: int, folders: list[list[Path]], textures: list[np.ndarray]):
@@ -76,17 +102,7 @@ def draw(index: int, folders: list[list[Path]], textures: list[np.ndarray]):
             return phantom.image, maps, parents, "phantom"
         maps[0] = pseudo_objects(phantom.image, rng)
         return phantom.image, maps, parents, "phantom"
-    folder = folders[rng.integers(len(folders))]
-    image = np.asarray(Image.open(folder[rng.integers(len(folder))]).convert("RGB"))
-    h, w = image.shape[:2]
-    if rng.random() < 0.5:
-        side = int(min(h, w) * rng.uniform(0.4, 1))
-        y, x = rng.integers(h - side + 1), rng.integers(w - side + 1)
-        image = image[y : y + side, x : x + side]
-    image = cv2.resize(
-        image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(image.shape[:2]) > SIZE else cv2.INTER_LINEAR
-    )
-    image = np.ascontiguousarray(np.rot90(image, rng.integers(4))[:, :: rng.choice([-1, 1])])
+    image = real_crop(folders, rng)
     for k in range(MAPS):
         maps[k] = pseudo_objects(image, rng)
     return image, maps, parents, "real"
@@ -98,7 +114,12 @@ def main() -> int:
     parser.add_argument(
         "--training", type=Path, help="folder of folders with images/ of further openly licensed images"
     )
+    parser.add_argument("--volumes", type=Path, help="folder of folders with images/ of scans (NIfTI), for --own")
+    parser.add_argument(
+        "--own", type=Path, help="folder of a trained head that finds the objects of real images itself"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/interaction"))
+    parser.add_argument("--first", type=int, default=0, help="number of the first shard")
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--part", default="0/1", help="this process's share, e.g. 0/2 and 1/2")
     parser.add_argument("--threads", type=int, default=1)
@@ -109,12 +130,14 @@ def main() -> int:
     from zeroseg.backbones import StableDiffusionBackbone
 
     inferer = AttentionSegmentationInferer(StableDiffusionBackbone(untrained=args.untrained), resolution=RESOLUTION)
-    folders = real_images(args.unlabelled, args.training)
+    folders = real_images(args.unlabelled, args.training, args.volumes if args.own else None)
     rng = np.random.default_rng(5)
-    textures = [np.asarray(Image.open(f[rng.integers(len(f))]).convert("RGB")) for f in folders for _ in range(6)]
+    head = load_head(args.own) if args.own else None
+    drawn = [] if args.own else folders
+    textures = [np.asarray(Image.open(f[rng.integers(len(f))]).convert("RGB")) for f in drawn for _ in range(6)]
     args.work.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, args.part.split("/"))
-    for shard in tqdm(range(part, args.count // 50, parts)):
+    for shard in tqdm(range(args.first + part, args.first + args.count // 50, parts)):
         target = args.work / f"shard_{shard:05d}.npz"
         if target.exists():
             continue
@@ -122,8 +145,16 @@ def main() -> int:
             k: [] for k in ("image", "maps", "parents", "kind", "steps", "coordinates", "salience")
         }
         for index in range(shard * 50, shard * 50 + 50):
-            image, maps, parents, kind = draw(index, folders, textures)
+            if head is None:
+                image, maps, parents, kind = draw(index, folders, textures)
+            else:
+                chance = np.random.default_rng([17, index])
+                image, parents, kind = real_crop(folders, chance), np.zeros(MOST_PIECES + 1, np.uint8), "own"
             read = inferer.encode(torch.from_numpy(image.copy()).permute(2, 0, 1).float()).readout
+            if head is not None:
+                maps = own_objects(image, read, head, chance, MAPS)
+                if not maps.any():
+                    continue
             for name, value in zip(
                 columns,
                 (

@@ -329,10 +329,10 @@ class Session:
 
     def look(self, events, marks, box, before, window: Window) -> tuple[Tensor, Tensor]:
         """Logits (3, h, w) over a window's own pixels, and estimated IoU (3,)."""
-        logits, quality = self._look(events, marks, box, before, [window])
-        return _over(logits[0], window), quality[0]
+        logits, quality = self.look_through(events, marks, box, before, [window])
+        return over(logits[0], window), quality[0]
 
-    def _look(self, events, marks, box, before, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    def look_through(self, events, marks, box, before, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Logits (N, 3, WINDOW, WINDOW) as the network gives them, and estimated IoU (N, 3), of N windows."""
         last = None if before is None else torch.from_numpy(before)
         drawn, attention = torch.from_numpy(marks), self._attention(events)
@@ -388,13 +388,13 @@ class Session:
         Strokes on both, object and background, have a say as well, see ``stroke_odds``.
         """
         size = tuple(self.image.shape[1:])
-        windows = _widths(size, _bounds(marks == 1, marks == 1))
-        logits, quality = self._look(events, marks, None, None, windows)
+        windows = all_widths(size, _bounds(marks == 1, marks == 1))
+        logits, quality = self.look_through(events, marks, None, None, windows)
         if len(events[0].marks) > 1:
             # Strokes say how large the object is about: what is found in the whole image is looked at from closer by, too.
-            found = self._candidates(_over(logits[-1], windows[-1]), windows[-1], marks)[int(quality[-1].argmax())]
+            found = self._candidates(over(logits[-1], windows[-1]), windows[-1], marks)[int(quality[-1].argmax())]
             windows.append(_around(size, _bounds(found, marks == 1), MARGIN))
-            closer = self._look(events, marks, None, None, windows[-1:])
+            closer = self.look_through(events, marks, None, None, windows[-1:])
             logits, quality = torch.cat([logits, closer[0]]), torch.cat([quality, closer[1]])
         # Compared on a grid, one window after the other, so that a large picture takes no more memory than for a first answer.
         step = -(-max(size) // COMPARED)
@@ -402,7 +402,7 @@ class Session:
         for k, window in enumerate(windows):
             top, left = -(-window.top // step), -(-window.left // step)
             local = marks[window.slices]
-            for c, one in enumerate(_over(logits[k], window).numpy()):
+            for c, one in enumerate(over(logits[k], window).numpy()):
                 mask = keep_marked(obey(one > 0, local), local)
                 part = mask[top * step - window.top :: step, left * step - window.left :: step]
                 said[k, c, top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -413,7 +413,7 @@ class Session:
             near = ndimage.binary_dilation(said.any(0).reshape(grid), iterations=STROKE_REACH)
             score += STROKE_WEIGHT * (2 * said[:, near.ravel()] - 1) @ odds[near] / max(1, np.count_nonzero(near))
         k, shown = divmod(int(score.argmax()), CANDIDATES)
-        own = _over(logits[k], windows[k])
+        own = over(logits[k], windows[k])
         return self._shown(self._candidates(own, windows[k], marks), own, quality[k], shown, windows[k])
 
     def _odds(self, marks: np.ndarray, step: int) -> np.ndarray | None:
@@ -551,13 +551,13 @@ def _gridded(size: Sequence[int], step: int) -> tuple[int, ...]:
     return tuple(-(-side // step) for side in size)
 
 
-def _over(logits: Tensor, window: Window) -> Tensor:
+def over(logits: Tensor, window: Window) -> Tensor:
     """(3, WINDOW, WINDOW) -> (3, h, w), over a window's own pixels."""
     size = (window.bottom - window.top, window.right - window.left)
     return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def _widths(size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Window]:
+def all_widths(size: tuple[int, int], box: tuple[int, int, int, int]) -> list[Window]:
     """Windows around a box, from the narrowest that holds it to the whole image; those that would leave the image are shifted back."""
     windows, side = [], float(NARROWEST)
     while side < max(size):
