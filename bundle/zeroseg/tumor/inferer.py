@@ -737,9 +737,9 @@ class TumorSegmentationInferer(Inferer):
             (X, Y, Z) probability; and what a manifest records: ``click`` in voxels, ``estimated_iou`` and ``agreement`` of each candidate.
         """
         main = largest_component(mask)
-        click = innermost(main)
+        x, y, z = innermost(main)
         session = self._volumes.get(_gray(encoded), spacing_of(encoded.affine))
-        answer = session.answer([VolumeEvent(((*click, 1),))], pause=self.pause)
+        answer = session.answer([VolumeEvent(((x, y, z, 1),))], pause=self.pause)
         local, total, agreements = main[answer.part], weight * probability, []
         for candidate, estimate in zip(answer.candidates, answer.estimates, strict=True):
             common = np.count_nonzero(candidate & local)
@@ -748,7 +748,7 @@ class TumorSegmentationInferer(Inferer):
             agreements.append(agreement)
         total /= weight + float(np.dot(answer.estimates, agreements))
         return total, {
-            "click": list(click),
+            "click": [x, y, z],
             "estimated_iou": [round(v, 4) for v in answer.estimates],
             "agreement": [round(v, 4) for v in agreements],
         }
