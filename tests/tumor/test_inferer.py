@@ -108,14 +108,14 @@ def test_a_mask_that_is_not_sure_enough_is_absent_where_the_adapters_judge_by_it
 
 
 def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny_tumor_model):
-    def ask(weight: float, modality: str = "ct", **prompt):
+    def ask(weight: float, modality: str = "ct", least: float = 0, **prompt):
         adapters = load_adapters(tiny_tumor_model)
         adapters.head = {"ct": weight}
-        inferer = make(adapters=adapters)
+        inferer = make(adapters=adapters, min_volume_ml=least)
         encoded = inferer.encode(volume, AFFINE, modality)
         return inferer.predict(encoded, **prompt), encoded
 
-    words = make(stages=STAGES[:4]).segment(volume, AFFINE, "ct").labels > 0
+    words = make(stages=STAGES[:4], min_volume_ml=0).segment(volume, AFFINE, "ct").labels > 0
     said, _ = ask(1e9)
     assert said.details["stages"] == list(STAGES) and "head" in said.seconds
     np.testing.assert_array_equal(said.labels > 0, words)
@@ -132,6 +132,9 @@ def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny
         votes, total = votes + weight * candidate, total + weight
     np.testing.assert_array_equal(found.labels > 0, votes / total > 0.5)
     assert not np.array_equal(found.labels > 0, words) and found.labels[click] == 1
+    # What is too small is dropped of its answer, too.
+    parts, count = ndimage.label(ask(1e-9, least=1.0)[0].labels, np.ones((3, 3, 3)))
+    assert count and np.bincount(parts.ravel())[1:].min() * np.linalg.det(AFFINE) / 1000 >= 0.98
     # It is asked in the modalities it helps in, and not where the user clicks.
     for result, _ in (ask(0.4, "pet"), ask(0.4, points=[[4, 4, 4]])):
         assert "head" not in result.details["stages"] and "head" not in result.seconds

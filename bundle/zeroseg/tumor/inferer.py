@@ -515,7 +515,8 @@ class TumorSegmentationInferer(Inferer):
             # Outside the region AOVA alone has spoken, and said no.
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
             mask = (logits > logit(self.threshold)) & maps.region
-            mask = keep_components(mask, self._least_voxels(prepared), self.max_components)
+            sides = [s.stop - s.start for s in prepared.content]
+            mask = keep_components(mask, self._least_voxels(sides, prepared.spacing), self.max_components)
         even_odds = (self._loaded.presence or {}).get(prepared.modality, 0.0)
         evidence_of_presence = self._evidence_of_presence(maps, logits[mask], prepared.modality)
         image_logit = evidence_of_presence - even_odds
@@ -567,11 +568,13 @@ class TumorSegmentationInferer(Inferer):
             notes += [*clicked.notes, *([] if by_words else ["the words find nothing there: the clicks alone decide"])]
         elif "head" in stages and beside is not None and whole.any():
             with timed(seconds, "head"):
-                restored, asked = self._ask_head(
-                    encoded, np.where(whole > 0, restored, np.minimum(restored, 1 - restored)), whole > 0, beside
-                )
-                whole = (restored > self.threshold).astype(np.uint8)
-                confidence = np.abs(2 * restored - 1).astype(np.float32)
+                likely = np.where(whole > 0, restored, np.minimum(restored, 1 - restored))
+                joined, asked = self._ask_head(encoded, likely, whole > 0, beside)
+                least = self._least_voxels(prepared.shape, spacing_of(encoded.affine))
+                kept = keep_components(joined > self.threshold, least, self.max_components)
+                if kept.any():
+                    restored, whole = joined, kept.astype(np.uint8)
+                    confidence = np.abs(2 * restored - 1).astype(np.float32)
                 details |= asked
         scores = [float(restored[whole > 0].mean())] if whole.any() else []
         return TumorSegmentation(
@@ -786,15 +789,15 @@ class TumorSegmentationInferer(Inferer):
             return "no part is large and certain enough"
         return None
 
-    def _least_voxels(self, prepared: Prepared) -> int:
+    def _least_voxels(self, sides: Sequence[int], spacing: Sequence[float]) -> int:
+        """Of a part that is kept, on a grid of so many voxels a side."""
         if self.min_volume_ml == 0:
             return 1
-        shown = [s.stop - s.start for s in prepared.content]
-        flat = [axis for axis, count in enumerate(shown) if count == 1]
+        flat = [axis for axis, count in enumerate(sides) if count == 1]
         if not flat:
-            return voxels_of(self.min_volume_ml, prepared.spacing)
+            return voxels_of(self.min_volume_ml, spacing)
         radius = (3 * self.min_volume_ml * 1000 / (4 * math.pi)) ** (1 / 3)
-        in_plane = math.prod(s for axis, s in enumerate(prepared.spacing) if axis not in flat)
+        in_plane = math.prod(s for axis, s in enumerate(spacing) if axis not in flat)
         return max(1, math.ceil(math.pi * radius**2 / in_plane))
 
     def _evidence(self, encoded: EncodedVolume, maps: TumorMaps) -> dict[str, np.ndarray]:
