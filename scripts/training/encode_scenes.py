@@ -31,6 +31,7 @@ from phantoms import make_phantom
 from scenes import MOST_PIECES, make_scene, pseudo_objects
 from train_backbone import licensed
 from zeroseg.attention import AttentionSegmentationInferer
+from zeroseg.attention.readout import Readout
 from zeroseg.interaction.promptable import load_head
 
 SIZE = 256
@@ -133,8 +134,13 @@ def main() -> int:
     folders = real_images(args.unlabelled, args.training, args.volumes if args.own else None)
     rng = np.random.default_rng(5)
     head = load_head(args.own) if args.own else None
-    drawn = [] if args.own else folders
-    textures = [np.asarray(Image.open(f[rng.integers(len(f))]).convert("RGB")) for f in drawn for _ in range(6)]
+    textures: list[np.ndarray] = []
+    if head is None:
+        textures = [np.asarray(Image.open(f[rng.integers(len(f))]).convert("RGB")) for f in folders for _ in range(6)]
+
+    def read_image(image: np.ndarray) -> Readout:
+        return inferer.encode(torch.from_numpy(image.copy()).permute(2, 0, 1).float()).readout
+
     args.work.mkdir(parents=True, exist_ok=True)
     part, parts = map(int, args.part.split("/"))
     for shard in tqdm(range(args.first + part, args.first + args.count // 50, parts)):
@@ -147,11 +153,11 @@ def main() -> int:
         for index in range(shard * 50, shard * 50 + 50):
             if head is None:
                 image, maps, parents, kind = draw(index, folders, textures)
+                read = read_image(image)
             else:
                 chance = np.random.default_rng([17, index])
                 image, parents, kind = real_crop(folders, chance), np.zeros(MOST_PIECES + 1, np.uint8), "own"
-            read = inferer.encode(torch.from_numpy(image.copy()).permute(2, 0, 1).float()).readout
-            if head is not None:
+                read = read_image(image)
                 maps = own_objects(image, read, head, chance, MAPS)
                 if not maps.any():
                     continue

@@ -87,7 +87,7 @@ def own_objects(
             answer = _agreed(session, row, column)
             if answer is not None:
                 found.append(answer)
-    out, count, kept = np.zeros((maps, size, size), np.uint8), [0] * maps, []
+    out, kept = np.zeros((maps, size, size), np.uint8), []
     for _, mask in sorted(found, key=lambda answer: -answer[0]):
         if any(np.count_nonzero(mask & other) >= ALIKE * np.count_nonzero(mask | other) for other in kept):
             continue
@@ -95,8 +95,7 @@ def own_objects(
         free = (k for k in range(maps) if np.count_nonzero(out[k][mask]) < OVERLAP * np.count_nonzero(mask))
         k = next(free, None)
         if k is not None:
-            count[k] += 1
-            out[k][mask & (out[k] == 0)] = count[k]
+            out[k][mask & (out[k] == 0)] = out[k].max() + 1
     return out
 
 
@@ -126,17 +125,17 @@ def _agreed(session: Session, row: int, column: int) -> tuple[float, np.ndarray]
     scores = agreement(flat, flat, torch.stack(estimates))
     best = int(scores.argmax())
     mask, area = said[best], np.count_nonzero(said[best])
-    rim = sum(np.count_nonzero(edge) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    rim = sum(_on_edges(mask))
     sensible = SMALLEST <= area <= LARGEST * mask.size and rim <= RIM * area**0.5
     return (float(scores[best]), mask) if sensible and steady[best] and scores[best] >= AGREED else None
 
 
 def _cut_off(part: np.ndarray, window: Window, size: int) -> bool:
     """Whether a mask within a window goes on outside of it."""
-    ends = (
-        (part[0], window.top > 0),
-        (part[-1], window.bottom < size),
-        (part[:, 0], window.left > 0),
-        (part[:, -1], window.right < size),
-    )
-    return sum(np.count_nonzero(edge) for edge, inner in ends if inner) > CUT * np.count_nonzero(part) ** 0.5 + 1
+    inner = window.top > 0, window.bottom < size, window.left > 0, window.right < size
+    return float(np.dot(_on_edges(part), inner)) > CUT * np.count_nonzero(part) ** 0.5 + 1
+
+
+def _on_edges(mask: np.ndarray) -> list[int]:
+    """How many pixels of a mask lie on the top, bottom, left and right edge of its array."""
+    return [np.count_nonzero(edge) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])]

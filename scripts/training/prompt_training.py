@@ -158,7 +158,7 @@ def export(
         mean: an average of such a head, whose weights are replaced.
         work: of the training.
         out: folder to write to; made when missing.
-        facts: the checkpoint -> what training.json says beside steps, parameters and the log.
+        facts: the checkpoint -> what training.json says beside steps, parameters, ``share`` (where there is a ``start``) and the log.
         start: weights the training began with. What it learned anew and what it forgot by it are weighed by going only so far from them
             (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
         share: how far, 0 to 1.
@@ -177,6 +177,7 @@ def export(
     with open(work / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
     parameters = sum(p.numel() for p in head.parameters())
-    about = {"steps": stored["step"], "parameters": parameters, **facts(stored), "log": log}
+    about = {"steps": stored["step"], "parameters": parameters, **facts(stored)}
+    about |= ({} if start is None else {"share": share}) | {"log": log}
     (out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
     write_sums(out)

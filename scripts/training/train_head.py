@@ -412,7 +412,7 @@ def main() -> int:
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     shards = Shards(args.shards)
     if args.export is not None:
-        facts = {"batch": BATCH, "scenes": len(shards.items)} | ({"share": args.share} if start is not None else {})
+        facts = {"batch": BATCH, "scenes": len(shards.items)}
         export(mean, args.work, args.export, lambda stored: facts, start, args.share)
         return 0
     training = PromptTraining(net, mean, args.work, args.rate, {}, args.bf16)

@@ -338,12 +338,11 @@ def main() -> int:
     net = net.to(memory_format=torch.channels_last_3d)
     mean = AveragedModel(net, multi_avg_fn=average)
     if args.export is not None:
-        facts = {"share": args.share} if start is not None else {}
         export(
             mean,
             args.work,
             args.export,
-            lambda stored: {"batch": BATCH, "scans": stored["scans"], **facts},
+            lambda stored: {"batch": BATCH, "scans": stored["scans"]},
             start,
             args.share,
         )
