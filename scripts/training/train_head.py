@@ -379,6 +379,27 @@ def seen(episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(inputs), torch.stack(truths)
 
 
+def widened(start: dict[str, torch.Tensor], net: PromptHead) -> dict[str, torch.Tensor]:
+    """The weights of a narrower head for a wider one, which answers just the same until it learns more.
+
+    What was there does not hear the new channels, which hear everything, by chance (after Net2Net, Chen et al. 2016). The
+    normalisation's groups have eight channels at either width, so that none mixes old and new.
+    """
+    narrow, wide = ((len(w["stem.weight"]), len(w["context.0.weight"])) for w in (start, net.state_dict()))
+    # The estimate of the IoU hears features of the first level, of the last one, and three numbers, side by side.
+    heard = torch.cat([torch.arange(narrow[0]), torch.arange(narrow[1]) + wide[0], torch.arange(3) + sum(wide)])
+    out = {}
+    for name, value in net.state_dict().items():
+        old, value = start[name], value.clone()
+        if old.ndim == 1:
+            value[: len(old)] = old
+        else:
+            value[: len(old)] = 0
+            value[: len(old), heard if name == "quality.0.weight" else torch.arange(old.shape[1])] = old
+        out[name] = value
+    return out
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, required=True)
@@ -394,6 +415,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
     parser.add_argument(
+        "--widths", type=int, nargs=4, default=PromptHead().widths, help="channels per level; may be more than those of --start"
+    )
+    parser.add_argument(
         "--bf16", action="store_true", help="where the processor has it, a step takes three fifths of the time"
     )
     parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
@@ -404,10 +428,10 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(0)
-    net = PromptHead()
+    net = PromptHead(args.widths)
     start = None
     if args.start is not None:
-        start = load_file(args.start / "head.safetensors")
+        start = widened(load_file(args.start / "head.safetensors"), net)
         net.load_state_dict(start)
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     shards = Shards(args.shards)
