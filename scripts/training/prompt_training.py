@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,24 @@ from zeroseg.backbones.weights import write_sums
 
 TURNS = 4
 """Answers of an episode."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, minutes: float, fall: str) -> None:
+    """What both trainers ask for.
+
+    Args:
+        parser: it is added to.
+        minutes: of a call, by default.
+        fall: when the learning rate falls.
+    """
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder of the checkpoint, from which a run goes on, and of the log")
+    add("--minutes", type=float, default=minutes, help=f"of this call; the learning rate falls over {fall}")
+    add("--rate", type=float, default=1.5e-3, help="the highest learning rate")
+    add("--threads", type=int, default=1)
+    add("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
+    add("--export", type=Path, help="write the averaged weights of --work here, and train no more")
+    add("--share", type=float, default=1.0, help="with --export: how far to go from --start to the new weights")
 
 
 class Episode(Protocol):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from skimage.morphology import skeletonize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from prompt_training import PromptTraining, export
+from prompt_training import PromptTraining, add_arguments, export
 from scenes import Scene
 from zeroseg.attention.readout import Readout
 from zeroseg.interaction.head import WINDOW, PromptHead, Window, assemble
@@ -403,26 +403,17 @@ def widened(start: dict[str, torch.Tensor], net: PromptHead) -> dict[str, torch.
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=100,
-        help="of this call; the learning rate falls over the last two fifths of --steps or --minutes, whichever ends first",
-    )
+    add_arguments(parser, 100, "the last two fifths of --steps or --minutes, whichever ends first")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
     parser.add_argument(
-        "--widths", type=int, nargs=4, default=PromptHead().widths, help="channels per level; may be more than those of --start"
+        "--widths",
+        type=int,
+        nargs=4,
+        default=PromptHead().widths,
+        help="channels per level; may be more than those of --start",
     )
     parser.add_argument(
         "--bf16", action="store_true", help="where the processor has it, a step takes three fifths of the time"
-    )
-    parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="with --export: how far to go from --start to the new weights"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -28,7 +28,7 @@ from scipy import ndimage
 from torch.optim.swa_utils import AveragedModel
 
 from phantoms3d import make_volume
-from prompt_training import PromptTraining, export
+from prompt_training import PromptTraining, add_arguments, export
 from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
 
@@ -315,18 +315,8 @@ def seen(episodes: list[Episode]) -> tuple[torch.Tensor, tuple[torch.Tensor, tor
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
+    add_arguments(parser, 60, "its last third")
     parser.add_argument("--unlabelled", type=Path, help="folder with real scans (NIfTI) in folders named images")
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="of this call; the learning rate falls over its last third"
-    )
-    parser.add_argument("--start", type=Path, help="folder of a shipped head whose weights a new --work begins with")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="with --export: how far to go from --start to the new weights"
-    )
-    parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export", type=Path, help="write the averaged weights of --work here, and train no more")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 from prompt_training import TURNS, PromptTraining, export
+from train_head import widened
 from zeroseg.backbones.weights import verify_sums
+from zeroseg.interaction.head import CHANNELS, WINDOW, PromptHead
 
 
 class Net(torch.nn.Module):
@@ -90,3 +92,16 @@ def test_a_head_is_taught_resumed_and_exported(tmp_path):
     assert about["steps"] == 10 * TURNS and about["shapes"] == 2 and len(about["log"]) == 10
     mean = again.mean.module.state_dict()
     assert all(torch.equal(v, mean[k]) for k, v in load_file(out / "head.safetensors").items())
+
+
+def test_a_head_that_is_widened_answers_as_before_and_can_learn_more():
+    torch.manual_seed(0)
+    narrow = PromptHead((16, 24, 32, 40)).eval()
+    wide = PromptHead((24, 32, 40, 56)).eval()
+    wide.load_state_dict(widened(narrow.state_dict(), wide))
+    x = torch.randn(2, len(CHANNELS), WINDOW, WINDOW)
+    for before, after in zip(narrow(x), wide(x), strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    sum(values.mean() for values in wide(x)).backward()
+    assert wide.stem.weight.grad[:16].any(), "what was there learns"
+    assert wide.masks.weight.grad[:, 16:].any(), "and begins to hear the new channels"
