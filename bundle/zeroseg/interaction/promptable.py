@@ -48,7 +48,8 @@ SURE = 0.8
 DOUBTED = 0.6
 """Estimated IoU of a mended answer below which, after a mark of the background, a new one is looked for. Chosen on development images."""
 NARROWEST, STEP = 32, 1.4
-"""Of the windows of all widths in which an object is looked for: side of the narrowest in pixels, and ratio of two sides."""
+"""Of the windows of all widths in which an object is looked for: side of the narrowest in pixels, and ratio of two sides (of cubes
+in volumes, too)."""
 AGREEMENT = 4.0
 """How much more a candidate counts among others of which the head is surer: e to this times the estimated IoU."""
 LEAST_STROKE, STROKE_WEIGHT, STROKE_REACH = 5, 0.15, 3
@@ -242,6 +243,12 @@ def events_of(encoded: EncodedImage, prompts: Prompts) -> list[Event]:
     return events
 
 
+def same_beginning(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many events two sessions have in common before they differ, or one ends."""
+    pairs = zip(one, other, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 class Session:
     """Prompts on one image, replayed in order; answered beginnings are kept, so that a further prompt costs one answer.
 
@@ -281,10 +288,7 @@ class Session:
             return Answer(start, start.astype(np.float32), (1.0,) * CANDIDATES, np.stack([start] * CANDIDATES), 0)
         with self._lock:
             begun = (None if start is None else start.tobytes(), candidate)
-            same = 0
-            if begun == self._begun:
-                pairs = zip(events, self._events, strict=False)
-                same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(events), len(self._events)))
+            same = same_beginning(events, self._events) if begun == self._begun else 0
             if same == len(events) == len(self._events) and self._last is not None:
                 return self._last
             # The last answer's candidates are wanted, so its event is answered again where it was passed before.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.promptable import agreement, load_head
+from zeroseg.interaction.promptable import STEP, agreement, load_head, same_beginning
 from zeroseg.interaction.prompts import Prompts, contradicts
 from zeroseg.interaction.volume_head import (
     CANDIDATES,
@@ -43,8 +43,6 @@ from zeroseg.timing import timed
 
 SMALLEST = 10
 """Side of the smallest cube looked at, in voxels of mean side."""
-STEP = 1.4
-"""Ratio of the widths of two cubes of the first look."""
 LARGEST_MM = 500.0
 """Side of the largest cube looked at, in mm, unless the marks lie further apart."""
 ROOM = 1.5
@@ -298,10 +296,7 @@ class VolumeSession:
             self.pause = pause
             known = None if prior is None else hashlib.sha256(np.packbits(prior).tobytes()).digest()
             begun = None if begin is None else (begin.part, begin.mask.tobytes()), candidate, known
-            same = 0
-            if begun == self._begun:
-                pairs = zip(events, self._events, strict=False)
-                same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(events), len(self._events)))
+            same = same_beginning(events, self._events) if begun == self._begun else 0
             if same == len(events) == len(self._events):
                 return self._answers[-1]
             # Of earlier answers only what is shown is kept, so the last event is answered again where it was passed before.
