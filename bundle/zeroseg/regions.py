@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 from scipy import ndimage
+
+FEW = 8
+"""Places to which distances are measured one by one: a distance transform takes longer, and ten times the memory."""
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
@@ -29,3 +33,23 @@ def innermost(region: np.ndarray) -> tuple[int, ...]:
     """Index of the deepest pixel; ties: the first in row-major order."""
     depth = depth_inside(region)
     return tuple(int(i) for i in np.unravel_index(int(depth.argmax()), depth.shape))
+
+
+def distance_to(places: np.ndarray, shape: Sequence[int], spacing: Sequence[float] | None = None) -> np.ndarray:
+    """Euclidean distance of every pixel or voxel to the nearest of some; infinite where there are none.
+
+    Args:
+        places: (N, D) indices.
+        shape: D sides.
+        spacing: mm along each; None: distances are in pixels or voxels.
+    """
+    if len(places) <= FEW:
+        nearest = np.full(tuple(shape), np.inf)
+        sizes = (1.0,) * len(shape) if spacing is None else spacing
+        for place in places:
+            squares = [((np.arange(n) - int(p)) * float(s)) ** 2 for n, p, s in zip(shape, place, sizes, strict=True)]
+            np.minimum(nearest, reduce(np.add, np.ix_(*squares)), out=nearest)
+        return np.sqrt(nearest, out=nearest)
+    elsewhere = np.ones(tuple(shape), bool)
+    elsewhere[tuple(np.asarray(places).T)] = False
+    return ndimage.distance_transform_edt(elsewhere, sampling=spacing)

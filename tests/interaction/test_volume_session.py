@@ -13,11 +13,9 @@ from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, cube_around, see, see_inside, unsee
 from zeroseg.interaction.volume_session import (
-    FEW,
     VolumeEvent,
     VolumeSession,
     VolumeSessions,
-    _away,
     load_volume_head,
     mend_volume,
     spacing_of,
@@ -258,13 +256,6 @@ def test_the_memory_of_a_correction_is_a_few_numbers_a_voxel(kind):
     tracemalloc.stop()
     assert (masks[:, *at] == (kind == 1)).all() and (masks != before).any()
     assert peak < 50 * before.size, peak / before.size
-
-
-def test_distances_to_few_marks_are_those_of_the_transform():
-    places = np.random.default_rng(0).integers(0, (20, 18, 7), (FEW + 1, 3))
-    whole = _away((20, 18, 7), places, (0.5, 1.0, 3.0))
-    parts = [_away((20, 18, 7), some, (0.5, 1.0, 3.0)) for some in (places[:FEW], places[FEW:])]
-    np.testing.assert_allclose(np.minimum(*parts), whole)
 
 
 def test_who_waits_no_more_stops_it():

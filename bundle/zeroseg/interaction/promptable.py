@@ -32,7 +32,7 @@ from zeroseg.interaction.head import CANDIDATES, PromptHead, Window, assemble
 from zeroseg.interaction.prompts import Prompts
 from zeroseg.interaction.settings import Settings
 from zeroseg.interaction.strokes import stroke_odds
-from zeroseg.regions import depth_inside, innermost, largest_component
+from zeroseg.regions import depth_inside, distance_to, innermost, largest_component
 
 MARGIN = 1.6
 """A window is this many times as wide as the answer it is to mend."""
@@ -485,12 +485,10 @@ def mend(
             continue
         rows, columns = np.array(places).T
         wanted = before != (kind == 1)
-        elsewhere = np.ones(before.shape, bool)
-        elsewhere[rows, columns] = False
-        away = ndimage.distance_transform_edt(elsewhere)
+        away = distance_to(np.array(places), before.shape)
         allowed = wanted
         if (marks == 3 - kind).any():
-            allowed = allowed & (away <= ndimage.distance_transform_edt(marks != 3 - kind))
+            allowed = allowed & (away <= distance_to(np.argwhere(marks == 3 - kind), before.shape))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
         depth = float(depth_inside(wanted)[rows, columns].max())
         done = int(np.count_nonzero(marks)) if len(newest) == 1 else 1

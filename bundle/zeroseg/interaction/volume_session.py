@@ -37,7 +37,7 @@ from zeroseg.interaction.volume_head import (
     see_inside,
     unsee,
 )
-from zeroseg.regions import depth_inside
+from zeroseg.regions import depth_inside, distance_to
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
 
@@ -59,8 +59,6 @@ REACH = 1.5
 ANEW, DOUBT = 0.25, 0.1
 """After a mark of the background, an answer found anew is taken if it has less than this share of the mended one's voxels and its
 estimated IoU is at most so much lower."""
-FEW = 8
-"""Marks to which distances are measured one by one."""
 
 VOLUME_HEAD = MODELS / "interaction_volume"
 SESSION_BYTES = 512 << 20
@@ -530,12 +528,12 @@ def mend_volume(
             continue
         at = tuple(places.T)
         wanted = before != (kind == 1)
-        away = _away(before.shape, places, spacing)
+        away = distance_to(places, before.shape, spacing)
         allowed = wanted
         others = marks[marks[:, 3] == 3 - kind][:, :3]
         if len(others):
             reach = REACH if kind == 2 else 1.0
-            allowed = allowed & (away <= reach * _away(before.shape, others, spacing))
+            allowed = allowed & (away <= reach * distance_to(others, before.shape, spacing))
         # How far the mark lies from the answer's edge, on its wrong side; 0 where it confirms the answer.
         depth = 0.0
         if len(places) == 1 and wanted[at][0]:
@@ -557,22 +555,6 @@ def mend_volume(
                 change &= away <= np.sort(away[change])[int(most)]
             masks[k] = np.where(change, kind == 1, masks[k])
     return np.stack([_obey(mask, marks) for mask in masks])
-
-
-def _away(shape: Sequence[int], places: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Distance in mm of every voxel to the nearest of some."""
-    if len(places) <= FEW:
-        # The distance transform takes ten times the memory.
-        nearest = np.full(tuple(shape), np.inf)
-        for place in places:
-            x, y, z = (
-                ((np.arange(n) - p) * float(s)) ** 2 for n, p, s in zip(shape, place.tolist(), spacing, strict=True)
-            )
-            np.minimum(nearest, x[:, None, None] + y[:, None] + z, out=nearest)
-        return np.sqrt(nearest, out=nearest)
-    elsewhere = np.ones(tuple(shape), bool)
-    elsewhere[tuple(places.T)] = False
-    return ndimage.distance_transform_edt(elsewhere, sampling=spacing)
 
 
 def _obey(mask: np.ndarray, marks: np.ndarray) -> np.ndarray:
