@@ -51,5 +51,5 @@ def distance_to(places: np.ndarray, shape: Sequence[int], spacing: Sequence[floa
             np.minimum(nearest, reduce(np.add, np.ix_(*squares)), out=nearest)
         return np.sqrt(nearest, out=nearest)
     elsewhere = np.ones(tuple(shape), bool)
-    elsewhere[tuple(np.asarray(places).T)] = False
+    elsewhere[tuple(places.T)] = False
     return ndimage.distance_transform_edt(elsewhere, sampling=spacing)

@@ -13,6 +13,7 @@ in use. One episode in four sees no attention, so that the same network serves a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -409,8 +410,7 @@ def main() -> int:
         "--widths",
         type=int,
         nargs=4,
-        default=PromptHead().widths,
-        help="channels per level; may be more than those of --start",
+        help="channels per level, no fewer than those of --start, which are taken where none are given",
     )
     parser.add_argument(
         "--bf16", action="store_true", help="where the processor has it, a step takes three fifths of the time"
@@ -419,7 +419,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(0)
-    net = PromptHead(args.widths)
+    shape = {} if args.start is None else json.loads((args.start / "config.json").read_text())
+    net = PromptHead(**shape | ({"widths": args.widths} if args.widths else {}))
     start = None
     if args.start is not None:
         start = widened(load_file(args.start / "head.safetensors"), net)

@@ -480,12 +480,12 @@ def mend(
     proposed[inside] = logits[inside] > 0
     masks = np.repeat(before[None], len(logits), 0)
     for kind in (1, 2):
-        places = [(r, c) for r, c, k in newest if k == kind]
-        if not places:
+        places = np.array([(r, c) for r, c, k in newest if k == kind])
+        if not len(places):
             continue
-        rows, columns = np.array(places).T
+        rows, columns = places.T
         wanted = before != (kind == 1)
-        away = distance_to(np.array(places), before.shape)
+        away = distance_to(places, before.shape)
         allowed = wanted
         if (marks == 3 - kind).any():
             allowed = allowed & (away <= distance_to(np.argwhere(marks == 3 - kind), before.shape))

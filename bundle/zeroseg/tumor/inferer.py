@@ -515,8 +515,7 @@ class TumorSegmentationInferer(Inferer):
             # Outside the region AOVA alone has spoken, and said no.
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
             mask = (logits > logit(self.threshold)) & maps.region
-            sides = [s.stop - s.start for s in prepared.content]
-            mask = keep_components(mask, self._least_voxels(sides, prepared.spacing), self.max_components)
+            mask = keep_components(mask, self._least_voxels(prepared.sides, prepared.spacing), self.max_components)
         even_odds = (self._loaded.presence or {}).get(prepared.modality, 0.0)
         evidence_of_presence = self._evidence_of_presence(maps, logits[mask], prepared.modality)
         image_logit = evidence_of_presence - even_odds
@@ -667,8 +666,7 @@ class TumorSegmentationInferer(Inferer):
         """What of the inpainting lies outside the diffusion model's training."""
         if "inpaint" not in stages:
             return []
-        sides = [s.stop - s.start for s in prepared.content]
-        extent = [n * mm for n, mm in zip(sides, prepared.spacing, strict=True)]
+        extent = [n * mm for n, mm in zip(prepared.sides, prepared.spacing, strict=True)]
         condition = self._condition(prepared.modality)
         doubts = self.backbone.doubts(condition, self._steps, extent)
         contrasts = [name.partition("_")[2] for name in self.backbone.modalities if name.startswith(f"{condition}_")]

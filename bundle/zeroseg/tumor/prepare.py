@@ -177,6 +177,11 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def sides(self) -> list[int]:
+        """Working voxels along each axis that are not padding."""
+        return [s.stop - s.start for s in self.content]
+
+    @property
     def inside(self) -> Tensor:
         """(X', Y', Z') bool: True where the working volume is not padding."""
         mask = torch.zeros(self.volume.shape[2:], dtype=torch.bool)
@@ -211,9 +216,8 @@ class Prepared:
             (X', Y', Z') bool: at least half of the voxel lies in the mask; False in the padding.
         """
         shares = nib.orientations.apply_orientation((mask > 0).astype(np.float32), self.orientation)
-        size = [s.stop - s.start for s in self.content]
         working = torch.zeros(self.volume.shape[2:], dtype=torch.bool)
-        working[self.content] = _shrink(shares, size) >= 0.5
+        working[self.content] = _shrink(shares, self.sides) >= 0.5
         return working
 
 
