@@ -3,8 +3,8 @@
 
     python scripts/training/train_volume_head.py --work runs/interaction/volume_head --minutes 60
 
-An episode takes one object of one scene (``scenes3d.py``), of one phantom (``phantoms3d.py``), or, with ``--unlabelled``, one region that
-values alone cut out of a real scan, sees it in a cube of random width, and is prompted several times: a click at the innermost or at
+An episode takes one object of one scene (``scenes3d.py``), of one phantom (``phantoms3d.py``), with ``--unlabelled`` one region that
+values alone cut out of a real scan, or with ``--own`` one that the head found itself in one (``own_volumes.py``), sees it in a cube of random width, and is prompted several times: a click at the innermost or at
 any voxel, a box, a stroke, or a spoilt mask to start from; then corrections where the shown answer errs. Every answer gives a gradient.
 The run resumes from ``--work``.
 
@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from phantoms3d import make_volume
 from prompt_training import PromptTraining, add_arguments, export
-from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, thick_slices
+from scenes3d import SIDE, Scene3d, make_scene3d, pseudo_object, read_scan, thick_slices
 from zeroseg.interaction.volume_head import CELLS, Cube, VolumeHead, assemble, see, see_inside
 
 BATCH = 8
@@ -37,8 +37,10 @@ AVERAGE = 0.995
 """Of the exponential moving average over steps that is exported; shorter at first."""
 POOL, USES = 96, 24
 """Scenes in memory, and episodes drawn from one before it is painted anew."""
-PHANTOMS, REAL = 0.22, 0.15
-"""Share of the pool's scenes that are phantoms, and regions of real scans where some are given."""
+PHANTOMS, REAL, OWN = 0.22, 0.15, 0.25
+"""Share of the pool's scenes that are phantoms, regions of real scans, and objects found in them, where some are given."""
+AROUND = 1.5
+"""What is seen around an object that was found, in times its width, and at least ``SIDE`` / 4 voxels."""
 FAR_OFF = 0.3
 """Share of the cubes that are far too narrow or too wide."""
 SEEDS = 5_000_000
@@ -48,8 +50,12 @@ SEEDS = 5_000_000
 class Pool:
     """Scenes to draw episodes from: (image, objects) where objects are bool masks or a painted scene."""
 
-    def __init__(self, rng: np.random.Generator, unlabelled: Path | None):
-        self.rng, self.scans = rng, [_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else []
+    def __init__(self, rng: np.random.Generator, unlabelled: Path | None, own: Path | None = None):
+        self.rng, self.scans = (
+            rng,
+            [read_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else [],
+        )
+        self.own = read_own(own) if own else []
         self.items: list = []
         self.left: list[int] = []
 
@@ -67,6 +73,9 @@ class Pool:
                 mask = pseudo_object(part, self.rng) if min(part.shape) > 8 and np.ptp(part) > 0 else None
                 if mask is not None and 20 <= mask.sum() < 0.5 * mask.size:
                     return part, mask
+        if draw > 1 - OWN and self.own:
+            group = self.own[self.rng.integers(len(self.own))]
+            return around_object(*group[self.rng.integers(len(group))])
         scene = make_scene3d(int(self.rng.integers(2**62)))
         return scene.image, scene
 
@@ -98,18 +107,28 @@ class Pool:
         return mask if count == 1 else parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 
-def _scan(path: Path) -> np.ndarray:
-    """A real scan on voxels that are cubes, about; values clipped to their middle 99 %."""
-    import nibabel as nib
+def read_own(folder: Path) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """What ``own_volumes.py`` wrote, by the folder that a scan came from: scan, where the mask begins, mask."""
+    groups: dict[str, list] = {}
+    for file in sorted(folder.glob("*.npz")):
+        if file.name.endswith(".part.npz"):
+            continue
+        with np.load(file) as stored:
+            scan = stored["scan"]
+            for k, start in enumerate(stored["starts"]):
+                groups.setdefault(file.name.partition("-")[0], []).append((scan, start, stored[f"mask_{k}"]))
+    return list(groups.values())
 
-    image = nib.load(path)
-    values = np.asarray(image.dataobj, np.float32)
-    values = values[..., 0] if values.ndim == 4 else values
-    zooms = np.array(image.header.get_zooms()[:3])
-    side = max(float(zooms.min()), float(np.prod(zooms) ** (1 / 3)) * 0.8)
-    values = ndimage.zoom(values, np.minimum(zooms / side, 3), order=1)
-    low, high = np.percentile(values, (0.5, 99.5))
-    return np.clip(values, low, high)
+
+def around_object(scan: np.ndarray, start: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a scan around an object, float32, and the object's bool mask in it."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    low, high = start + [s.start for s in box], start + [s.stop for s in box]
+    room = max(SIDE // 4, int(AROUND * (high - low).max()))
+    first, last = np.maximum(0, low - room), np.minimum(scan.shape, high + room)
+    out = np.zeros(last - first, bool)
+    out[tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))] = mask[box]
+    return scan[tuple(slice(a, b) for a, b in zip(first, last, strict=True))].astype(np.float32), out
 
 
 class Episode:
@@ -317,6 +336,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, 60, "its last third")
     parser.add_argument("--unlabelled", type=Path, help="folder with real scans (NIfTI) in folders named images")
+    parser.add_argument("--own", type=Path, help="folder of objects that own_volumes.py found")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -332,15 +352,15 @@ def main() -> int:
             mean,
             args.work,
             args.export,
-            lambda stored: {"batch": BATCH, "scans": stored["scans"]},
+            lambda stored: {"batch": BATCH, "scans": stored["scans"], "own": stored.get("own", 0)},
             start,
             args.share,
         )
         return 0
     training = PromptTraining(net, mean, args.work, args.rate, {})
     rng = np.random.default_rng([17, training.step])
-    pool = Pool(rng, args.unlabelled)
-    training.facts["scans"] = len(pool.scans)
+    pool = Pool(rng, args.unlabelled, args.own)
+    training.facts |= {"scans": len(pool.scans), "own": sum(map(len, pool.own))}
     begun = time.monotonic()
     training.run(
         left=lambda: 1 - (time.monotonic() - begun) / (60 * args.minutes),

@@ -117,7 +117,7 @@ def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny
 
     words = make(stages=STAGES[:4], min_volume_ml=0).segment(volume, AFFINE, "ct").labels > 0
     said, _ = ask(1e9)
-    assert said.details["stages"] == list(STAGES) and "head" in said.seconds
+    assert said.details["stages"] == [s for s in STAGES if s != "lungs"] and "head" in said.seconds
     np.testing.assert_array_equal(said.labels > 0, words)
     # Almost without the words: the candidates that the head has for the click, each by its estimate and its agreement.
     found, encoded = ask(1e-9)

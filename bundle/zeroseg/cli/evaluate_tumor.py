@@ -6,7 +6,7 @@
 Rows of the result:
   tumor            all stages, or those of --stages
   tumor_aova, tumor_pixel, tumor_feature, tumor_words   with --ablation: AOVA alone; with inpainting and the pixel
-                   residual; with inpainting and the feature residual; all stages but the promptable head
+                   residual; with inpainting and the feature residual; all stages but those for lungs and the promptable head
   tumor_steps_N    with --steps: N inpainting steps; also written as steps.csv and steps.png
   baselines        everything foreground, Otsu, 2-means (*_best_polarity is an oracle over one bit per set), for PET 40 %
                    of the highest uptake
@@ -46,7 +46,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--text", help="what to look for (default: the organ's first tumour)")
     parser.add_argument("--modality", help="ct, mr or pet (default: what the file says, else guessed)")
     parser.add_argument("--prompts", help="JSON of organ, tumor and modality by case, e.g. the cases.json of phantoms")
-    parser.add_argument("--stages", help="comma-separated, of aova, inpaint, pixel, feature, head (default: all)")
+    parser.add_argument(
+        "--stages", help="comma-separated, of aova, inpaint, pixel, feature, lungs, head (default: all)"
+    )
     parser.add_argument("--ablation", action="store_true", help="also with fewer stages")
     parser.add_argument(
         "--steps", default="", help="comma-separated numbers of inpainting steps to compare, e.g. 2,5,20"

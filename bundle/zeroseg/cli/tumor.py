@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     what.add_argument("--modality", choices=["ct", "mr", "pet"], help="default: what the file says, else guessed")
     what.add_argument("--prompts", help="prompts.json: organ, tumor, modality, points, labels, box by case")
     how = parser.add_argument_group("how")
-    how.add_argument("--stages", help="with commas, of aova,inpaint,pixel,feature (default: all)")
+    how.add_argument("--stages", help="with commas, of aova,inpaint,pixel,feature,lungs,head (default: all)")
     how.add_argument("--steps", type=int, help="of inpainting")
     how.add_argument("--seed", type=int)
     add_set(how)

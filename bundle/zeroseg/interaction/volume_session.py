@@ -404,11 +404,16 @@ class VolumeSession:
             else:
                 logits, quality = self.look(cube, marks, box, None)
         else:
-            middle = (wanted.min(0) + wanted.max(0) + 1) / 2
-            spread = float(((np.ptp(wanted, axis=0) + 1) * size).max())
-            cube, logits, quality, shown = self._best_width(middle, spread, marks)
-            return self._answer(cube, logits, quality, marks, shown)
+            return self.find_agreed(marks)[0]
         return _bounded(self._answer(cube, logits, quality, marks, int(quality.argmax())), box, marks)
+
+    def find_agreed(self, marks: np.ndarray) -> tuple[VolumeAnswer, float]:
+        """The first answer to marks, (n, 4) voxel and kind, and how much those of all widths agree with it, in [0, 1]."""
+        wanted = marks[marks[:, 3] == 1][:, :3]
+        middle = (wanted.min(0) + wanted.max(0) + 1) / 2
+        spread = float(((np.ptp(wanted, axis=0) + 1) * np.array(self.spacing)).max())
+        cube, logits, quality, shown, agreed = self._best_width(middle, spread, marks)
+        return self._answer(cube, logits, quality, marks, shown), agreed
 
     def _weighed(self, answer: VolumeAnswer, marks: np.ndarray, box, prior: np.ndarray) -> VolumeAnswer:
         """The candidate that a prior agrees with; the marked part of the prior itself where the head is unsure."""
@@ -429,14 +434,16 @@ class VolumeSession:
             said.append(common / max(1, np.count_nonzero(one) + total - common))
         return replace(answer, shown=int(np.argmax(np.array(answer.estimates) + SAY * np.array(said))))
 
-    def _best_width(self, middle: np.ndarray, spread: float, marks: np.ndarray) -> tuple[Cube, Tensor, Tensor, int]:
+    def _best_width(
+        self, middle: np.ndarray, spread: float, marks: np.ndarray
+    ) -> tuple[Cube, Tensor, Tensor, int, float]:
         """Of all candidates of cubes of many widths around a place, the one that the others agree with most.
 
         Each says what it does of every place in a common set, finer near the middle; the Dice of two answers is weighted by how sure
         the head is of the other one.
 
         Returns:
-            its cube, the cube's logits and estimates, and which candidate it is.
+            its cube, the cube's logits and estimates, which candidate it is, and how much the others agree.
         """
         size, extent = np.array(self.spacing), np.array(self.shape) * np.array(self.spacing)
         first = max(SMALLEST * float(size.prod() ** (1 / 3)), 1.3 * spread)
@@ -459,8 +466,9 @@ class VolumeSession:
                 parts, _ = ndimage.label(mask)
                 mask = np.isin(parts, np.unique(parts[tuple(cells.T)]))
                 said[k * CANDIDATES + c, known] = mask[tuple(at[known].T)]
-        k, c = divmod(int(agreement(said, said * volumes, quality).argmax()), CANDIDATES)
-        return cubes[k], logits[k], quality[k], c
+        scores = agreement(said, said * volumes, quality)
+        k, c = divmod(int(scores.argmax()), CANDIDATES)
+        return cubes[k], logits[k], quality[k], c, float(scores.max())
 
     def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray) -> Cube:
         """The cube around an answer and the marks given."""

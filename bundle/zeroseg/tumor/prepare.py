@@ -27,8 +27,8 @@ PET_PERCENTILE = 99.9
 """Mapped to 1. Relative, because SUV needs dose and weight, which few files carry."""
 HU_RANGE = (-1024.0, 3071.0)
 """What 12-bit CT can hold; more is metal, or another unit."""
-QUARTER_HU_FLOOR = -250.0
-"""Air in CT that was stored as HU / 4, a way to keep it in few bits."""
+QUARTER_HU, QUARTER_HU_FLOOR = 4.0, -250.0
+"""CT may be stored as HU / 4, to keep it in few bits; its air is then the second number."""
 WORKING_VOXELS = 2**26
 """Working volumes beyond 406^3 voxels are worked on at a coarser spacing."""
 MIN_SIDE = 16
@@ -119,7 +119,7 @@ def check_scan(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity
             notes.append(
                 "CT whose lowest value is exactly -250 is taken as HU / 4 and multiplied by 4; rescale says otherwise"
             )
-            return values * 4, None, notes
+            return values * QUARTER_HU, None, notes
         if low >= 0 and high <= 255:
             notes.append(
                 "given as CT, but the values lie in 0..255: taken as a picture of a soft-tissue window, not as HU; "
@@ -165,6 +165,7 @@ class Prepared:
         intensity: how values became [0, 1].
         modality: ct, mr or pet.
         notes: what was changed or doubted, one sentence each.
+        to_hu: (slope, intercept) from stored values to HU; None: they are not to be had.
     """
 
     volume: Tensor
@@ -175,6 +176,7 @@ class Prepared:
     intensity: Intensity
     modality: str
     notes: list[str] = field(default_factory=list)
+    to_hu: tuple[float, float] | None = None
 
     @property
     def sides(self) -> list[int]:
@@ -215,10 +217,13 @@ class Prepared:
         Returns:
             (X', Y', Z') bool: at least half of the voxel lies in the mask; False in the padding.
         """
-        shares = nib.orientations.apply_orientation((mask > 0).astype(np.float32), self.orientation)
         working = torch.zeros(self.volume.shape[2:], dtype=torch.bool)
-        working[self.content] = _shrink(shares, self.sides) >= 0.5
+        working[self.content] = self.shrunk((mask > 0).astype(np.float32)) >= 0.5
         return working
+
+    def shrunk(self, values: np.ndarray) -> Tensor:
+        """(X, Y, Z) float32 on the input's grid -> the working grid without its padding, in RAS order."""
+        return _shrink(nib.orientations.apply_orientation(values, self.orientation), self.sides)
 
 
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
@@ -278,9 +283,12 @@ def prepare(
         notes.append(f"the modality is not given: taken as {modality.upper()} by the values")
     modality = check_modality(modality)
     intensity = None
+    slope, intercept = (1.0, 0.0) if rescale is None else map(float, rescale)
     if rescale is None:
-        array, intensity, doubts = check_scan(array, modality)
-        notes += doubts
+        checked, intensity, doubts = check_scan(array, modality)
+        slope = 1.0 if checked is array else QUARTER_HU
+        array, notes = checked, notes + doubts
+    to_hu = (slope, intercept) if modality == "ct" and intensity is None else None
     intensity = intensity or intensity_of(array, modality, ct_window, mr_clip)
     shape = array.shape
     orientation = nib.orientations.io_orientation(affine)
@@ -295,7 +303,7 @@ def prepare(
     around = [v for p in reversed(pads) for v in (p // 2, p - p // 2)]
     padded = F.pad(unit[None, None], around, mode="replicate")
     working = tuple(float(s * r) for s, r in zip(sizes, reduction, strict=True))
-    return Prepared(padded, content, working, shape, orientation, intensity, modality, notes)
+    return Prepared(padded, content, working, shape, orientation, intensity, modality, notes, to_hu)
 
 
 def _working_size(

@@ -41,6 +41,8 @@ ORGANS: dict[str, tuple[str, ...]] = {
 
 OF_THE_HEAD, OF_THE_LIMBS = ("brain", "head", "nasopharynx"), ("limb", "thigh", "soft tissue")
 """Organs that have embedded adapters of their own, see ``TumorSegmentationInferer``."""
+OF_THE_LUNGS = ("lung", "lungs", "chest", "thorax")
+"""Organs for which the stage ``lungs`` looks into the lungs."""
 
 ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")
 """Words for a tumour wherever it is."""

@@ -108,7 +108,7 @@ class FusionFitter:
         """The log-odds that speak for a lesion in a case, in a list; an empty one where no mask is found."""
         if (self.adapters.presence_of or {}).get(case.modality) != "mask":
             return [float(self._answer(self.reader.read(case)).image_logit)]
-        stages = [stage for stage in self.inferer.stages if stage != "head"]
+        stages = [stage for stage in self.inferer.stages if stage not in ("lungs", "head")]
         values, affine, _ = case.load()
         asked = self.inferer.replace(stages=stages).segment(values, affine, case.modality, case.organ)
         found = asked.details["presence_log_odds"]
