@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,3 +229,16 @@ def test_a_mark_of_the_background_on_the_wrong_object_finds_a_small_thing_in_a_l
     assert dice(session().answer([wanted, unwanted]).mask, small) > 0.7
     # What the user began with is mended, and no more.
     assert np.count_nonzero(session().answer([wanted, unwanted], start=first).mask) > 0.5 * np.count_nonzero(first)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(("mended", "found", "anew"), [(0.5, 0.7, True), (0.5, 0.4, False), (0.7, 0.9, False)])
+def test_an_unsure_answer_is_looked_for_anew_whatever_was_marked(monkeypatch, kind, mended, found, anew):
+    session = Session(load_head(), torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)), None)
+    first, second = Event(((20, 20, 1),)), Event(((40, 40, kind),))
+    before = session.answer([first])
+    ways = {"_mend": (mended, np.ones(SIZE, bool)), "_find_by_agreement": (found, np.zeros(SIZE, bool))}
+    for way, (estimate, mask) in ways.items():
+        answer = replace(before, mask=mask, estimates=(estimate,) * 3)
+        monkeypatch.setattr(session, way, lambda *_, answer=answer: answer)
+    assert bool(session.answer([first, second]).mask.all()) is not anew

@@ -1,6 +1,6 @@
 """Answers to ordered prompts by the promptable head: the first prompt finds the object, each further one mends the answer before.
 
-Where a mark of the background shows that the head had the wrong object, it is found anew, in windows of all widths; so is what strokes mean.
+Where the head is unsure of the mended answer, the object is found anew from all marks, in windows of all widths; so is what strokes mean.
 
 An answer depends on the encoding and on the ordered prompts only: all of them are replayed, from the longest beginning already answered.
 """
@@ -46,7 +46,7 @@ SAY = 0.8
 SURE = 0.8
 """Estimated IoU below which a first answer is left to the rule (attention's steepest contour). Chosen on development images."""
 DOUBTED = 0.6
-"""Estimated IoU of a mended answer below which, after a mark of the background, a new one is looked for. Chosen on development images."""
+"""Estimated IoU of a mended answer up to which a new one is looked for. Chosen on development images."""
 NARROWEST, STEP = 32, 1.4
 """Of the windows of all widths in which an object is looked for: side of the narrowest in pixels, and ratio of two sides (of cubes
 in volumes, too)."""
@@ -323,10 +323,9 @@ class Session:
                 answer = replace(answer, mask=answer.candidates[candidate - 1], shown=candidate - 1)
             return answer
         mended = self._mend(events, marks, box, before)
-        unwanted = all(kind == 2 for *_, kind in events[-1].marks) and (marks == 1).any()
         # A mask that the user began with, or a box, is never thrown away.
         begun = self._begun[0] is not None or box is not None
-        if begun or not unwanted or mended.estimates[mended.shown] > DOUBTED:
+        if begun or not (marks == 1).any() or mended.estimates[mended.shown] > DOUBTED:
             return mended
         found = self._find_by_agreement(events, marks)
         return found if found.estimates[found.shown] > mended.estimates[mended.shown] else mended
