@@ -110,7 +110,7 @@ def test_every_kind_of_case_in_one_run(tiny_tumor_model, tmp_path):
     printed = messages(done)
     assert any(line.startswith("zeroseg: magnitude: warning: given as CT") for line in printed)
     assert any(line.startswith("zeroseg: series: ") and "warning" not in line for line in printed)
-    assert manifest["settings"]["stages"] == ["aova", "inpaint", "pixel", "feature", "head"]
+    assert manifest["settings"]["stages"] == ["aova", "inpaint", "pixel", "feature", "lungs", "head"]
     assert manifest["backbone"]["source"] == "model"
     assert str(tiny_tumor_model.parent) not in json.dumps(manifest), "folders of this machine are nobody's business"
 

@@ -529,6 +529,7 @@ class TumorSegmentationInferer(Inferer):
                 nodule = self._nodule(encoded)
             if nodule is not None:
                 logits, mask = nodule.joined(logits, mask)
+                mask = keep_components(mask, 1, self.max_components)
         even_odds = (self._loaded.presence or {}).get(prepared.modality, 0.0)
         evidence_of_presence = self._evidence_of_presence(maps, logits[mask], prepared.modality)
         image_logit = evidence_of_presence - even_odds

@@ -1,8 +1,8 @@
 """What stands out in the lungs of a CT scan: a rule beside the words, not of the paper.
 
 A lung is air, and what is solid in it is vessels, which are thin, or something else. So the lungs are closed over what lies in them and
-on their wall, as radiologists' software has long done (Armato and Sensakovic 2004 review the field), and of what is solid there, the
-part that is thickest and most surrounded by air is looked at. HU mean the same in every scanner, so nothing is learned.
+on their wall, as software for chest CT has long done (Armato and Sensakovic 2004), and of what is solid there, the part that is
+thickest and most surrounded by air is looked at. HU mean the same in every scanner, so nothing is learned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
@@ -134,11 +133,11 @@ def _on_the_wall(lung: np.ndarray, middle: float) -> np.ndarray:
 
     So a mass on the chest wall belongs to it, and neither heart nor liver does, however far they bulge into it.
     """
+    from skimage.morphology import convex_hull_image
+
     hull = np.zeros_like(lung)
     for z in np.flatnonzero(lung.any((0, 1))):
-        drawn = np.zeros(lung.shape[:2], np.uint8)
-        outline = cv2.convexHull(np.argwhere(lung[..., z])[:, ::-1].astype(np.int32))
-        hull[..., z] = cv2.fillConvexPoly(drawn, outline, 1) > 0
+        hull[..., z] = convex_hull_image(lung[..., z])
     right = np.argwhere(lung)[:, 0].mean() > middle
     inward = np.maximum.accumulate(lung, 0) if right else np.maximum.accumulate(lung[::-1], 0)[::-1]
     return hull & inward & np.maximum.accumulate(lung, 2)
