@@ -51,10 +51,8 @@ class Pool:
     """Scenes to draw episodes from: (image, objects) where objects are bool masks or a painted scene."""
 
     def __init__(self, rng: np.random.Generator, unlabelled: Path | None, own: Path | None = None):
-        self.rng, self.scans = (
-            rng,
-            [read_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else [],
-        )
+        self.rng = rng
+        self.scans = [read_scan(p) for p in sorted(unlabelled.rglob("images/*.nii*"))] if unlabelled else []
         self.own = read_own(own) if own else []
         self.items: list = []
         self.left: list[int] = []

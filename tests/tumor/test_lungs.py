@@ -176,3 +176,14 @@ def test_a_picture_of_a_window_and_a_single_slice_have_no_lungs(ask, chest):
 
 def test_the_stage_runs_by_default():
     assert "lungs" in STAGES and "lungs" in TumorSegmentationInferer().stages
+
+
+def test_the_lungs_of_a_volume_are_looked_into_once(tiny_tumor_model, tiny_maisi, chest, monkeypatch):
+    encoder = TextEncoder(tiny_tumor_model / "text", device="cpu")
+    inferer = TumorSegmentationInferer(tiny_maisi, encoder, adapters=tiny_tumor_model, stages=("aova", "lungs"))
+    looked = []
+    monkeypatch.setattr("zeroseg.tumor.inferer.find_nodule", lambda *given: looked.append(given))
+    encoded = inferer.encode(chest[None], AFFINE, "ct")
+    for tumor in ("lung tumour", "lung nodule"):
+        inferer.predict(encoded, "lung", tumor)
+    assert len(looked) == 1

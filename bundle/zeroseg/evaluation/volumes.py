@@ -131,7 +131,9 @@ def run_volume(
     sick = bool(volume.truth.any())
     scored, answers, shown = [], [], np.zeros_like(volume.truth)
     for name, settings in rows.items() if sick else (("tumor", {}),):
-        encoded._reconstruction = None  # its time belongs to every row that needs it
+        # What it takes to find these belongs to every row that needs them.
+        encoded._reconstruction = None
+        vars(encoded).pop("nodule", None)
         start = time.perf_counter()
         with changed(inferer, **settings):
             result = inferer.predict(encoded)

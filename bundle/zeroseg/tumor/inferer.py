@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ class EncodedVolume:
     affine: np.ndarray | None = None
     readers: dict[str | None, EncodedFeatures] = field(default_factory=dict)
     _reconstruction: Tensor | None = None
+
+    @cached_property
+    def nodule(self) -> Nodule | None:
+        """What stands out in the lungs in CT, on the working grid; None where nothing does. Found once, for no prompt changes it."""
+        prepared = self.prepared
+        if self.scan is None or prepared.to_hu is None:
+            raise ValueError("the encoding was made without its scan, or its HU are not known")
+        slope, intercept = prepared.to_hu
+        hu = prepared.shrunk(self.scan.mean(0).float().numpy() * np.float32(slope) + np.float32(intercept)).numpy()
+        found = find_nodule(hu, prepared.spacing)
+        if found is None or found.score < SURE:
+            return None
+        mask = np.zeros(prepared.volume.shape[2:], bool)
+        mask[prepared.content] = found.mask
+        return replace(found, mask=mask)
 
 
 @dataclass
@@ -526,7 +542,7 @@ class TumorSegmentationInferer(Inferer):
         nodule = None
         if "lungs" in stages:
             with timed(seconds, "lungs"):
-                nodule = self._nodule(encoded)
+                nodule = encoded.nodule
             if nodule is not None:
                 logits, mask = nodule.joined(logits, mask)
                 mask = keep_components(mask, 1, self.max_components)
@@ -799,20 +815,6 @@ class TumorSegmentationInferer(Inferer):
             and prepared.to_hu is not None
             and min(prepared.sides) > 1
         )
-
-    def _nodule(self, encoded: EncodedVolume) -> Nodule | None:
-        """What stands out in the lungs, on the working grid; None where nothing does."""
-        prepared = encoded.prepared
-        if encoded.scan is None or prepared.to_hu is None:
-            raise ValueError("the encoding was made without its scan, or its HU are not known")
-        slope, intercept = prepared.to_hu
-        hu = prepared.shrunk(encoded.scan.mean(0).float().numpy() * np.float32(slope) + np.float32(intercept)).numpy()
-        found = find_nodule(hu, prepared.spacing)
-        if found is None or found.score < SURE:
-            return None
-        mask = np.zeros(prepared.volume.shape[2:], bool)
-        mask[prepared.content] = found.mask
-        return replace(found, mask=mask)
 
     def _absent(
         self, tumor: str, aova: AovaMap, image_logit: float, mask: np.ndarray, nodule: Nodule | None

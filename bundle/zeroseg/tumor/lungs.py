@@ -23,8 +23,9 @@ GAS = -950.0
 SMOOTH, VESSEL, AIRWAY, CLOSED = 1.0, 4.0, 9.0, 15.0
 """mm: deviation of the smoothing before; vessels up to this radius are filled; tubes of air up to this radius are taken away; and
 the radius of the ball that a lung is closed by."""
-RIM, CORE = 2.0, 3.0
-"""mm: what air is thinned by before its median is taken; depth of a solid part from which on it is looked at."""
+RIM, CORE, SHELL = 2.0, 3.0, 2.5
+"""mm: what air is thinned by before its median is taken; depth of a solid part from which on it is looked at; and what is looked at around
+it for air, at least the next voxels."""
 LEAST_ML, LEAST_SHARE, OTHER = 10.0, 0.05, 0.15
 """A lung's core has this volume at least, this share of the larger one's, and of the whole lung this share to count as a second one."""
 LIKELY = 2.2
@@ -80,7 +81,7 @@ def find_nodule(hu: np.ndarray, spacing: Sequence[float]) -> Nodule | None:
         around = tuple(slice(max(0, s.start - r), s.stop + r) for s, r in zip(found, reach, strict=True))
         core = parts[around] == number
         part = _within(core, CORE + 1, spacing) & solid[around]
-        shell = _within(part, max(2.5, 1.01 * max(spacing)), spacing) & ~part
+        shell = _within(part, max(SHELL, 1.01 * max(spacing)), spacing) & ~part
         contact = np.count_nonzero(shell & air[around]) / max(1, np.count_nonzero(shell))
         score = float(depths[around][core].max()) * contact
         if score > best_score:

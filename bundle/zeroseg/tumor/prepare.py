@@ -98,7 +98,7 @@ def guess_modality(values: np.ndarray) -> str:
     return "ct" if np.percentile(values, 1) < -100 else "mr"
 
 
-def check_scan(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity | None, list[str]]:
+def check_scan(values: np.ndarray, modality: str) -> tuple[float, Intensity | None, list[str]]:
     """Compare a volume's values with what its modality allows.
 
     Args:
@@ -106,26 +106,26 @@ def check_scan(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity
         modality: as given by the user or the file: ct, mr or pet.
 
     Returns:
-        The values, as they are or brought to HU; the mapping to [0, 1] where it is not the modality's usual one, else
+        What the values are to be multiplied by; the mapping to [0, 1] where it is not the modality's usual one, else
         None; and one line per doubt.
     """
     notes = []
     low, high = float(values.min()), float(values.max())
     if low == high:
         notes.append("the volume is constant: there is nothing to find")
-        return values, None, notes
+        return 1.0, None, notes
     if modality == "ct":
         if low == QUARTER_HU_FLOOR and high < HU_RANGE[1] / 4:
             notes.append(
                 "CT whose lowest value is exactly -250 is taken as HU / 4 and multiplied by 4; rescale says otherwise"
             )
-            return values * QUARTER_HU, None, notes
+            return QUARTER_HU, None, notes
         if low >= 0 and high <= 255:
             notes.append(
                 "given as CT, but the values lie in 0..255: taken as a picture of a soft-tissue window, not as HU; "
                 "if it is MR, say so"
             )
-            return values, Intensity(0.0, 255.0), notes
+            return 1.0, Intensity(0.0, 255.0), notes
         middle = float(np.percentile(values, 50))
         if low >= 0 and 900 <= float(np.percentile(values, 75)) <= 1400:
             notes.append("given as CT, but the values look like HU + 1024: set rescale to [1, -1024]")
@@ -148,7 +148,7 @@ def check_scan(values: np.ndarray, modality: str) -> tuple[np.ndarray, Intensity
             f"given as {modality.upper()}, but 1 % of the values are below -100, as only HU are; is it CT? "
             "the result cannot be trusted"
         )
-    return values, None, notes
+    return 1.0, None, notes
 
 
 @dataclass
@@ -285,9 +285,9 @@ def prepare(
     intensity = None
     slope, intercept = (1.0, 0.0) if rescale is None else map(float, rescale)
     if rescale is None:
-        checked, intensity, doubts = check_scan(array, modality)
-        slope = 1.0 if checked is array else QUARTER_HU
-        array, notes = checked, notes + doubts
+        slope, intensity, doubts = check_scan(array, modality)
+        array = array if slope == 1 else array * np.float32(slope)
+        notes += doubts
     to_hu = (slope, intercept) if modality == "ct" and intensity is None else None
     intensity = intensity or intensity_of(array, modality, ct_window, mr_clip)
     shape = array.shape
