@@ -101,19 +101,28 @@ def _coordinates(attention: Tensor) -> Tensor:
     Found by subspace iteration from a fixed start. The Euclidean distance of two root maps is their Hellinger distance, which the
     root of a small KL divergence is proportional to.
     """
-    root = attention.float().sqrt()
-    mean = root.mean(0, keepdim=True)
-    tokens = len(root)
+    # In blocks that stay in the cache: the roots of all maps would be one more large matrix, read five times.
+    blocks, tokens = attention.split(64), len(attention)
+    mean = torch.stack([_root(block).sum(0) for block in blocks]).sum(0, keepdim=True) / tokens
     count = min(COORDINATES, tokens)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(tokens, count + 4, generator=generator).to(root.device)
+    basis = torch.randn(tokens, count + 4, generator=generator).to(attention.device)
     for _ in range(2):
-        scores = root @ basis - mean @ basis
-        basis = torch.linalg.qr(root.T @ scores - mean.T * scores.sum(0)).Q
-    scores = root @ basis - mean @ basis
+        middle, product, total = mean @ basis, torch.zeros_like(basis), torch.zeros_like(basis[0])
+        for block in blocks:
+            root = _root(block)
+            scores = root @ basis - middle
+            product.addmm_(root.T, scores)
+            total = total + scores.sum(0)
+        basis = torch.linalg.qr(product - mean.T * total).Q
+    scores = torch.cat([_root(block) @ basis for block in blocks]) - mean @ basis
     _, vectors = torch.linalg.eigh(scores.T @ scores)
     scores = scores @ vectors.flip(1)[:, :count]
     scale = scores.square().sum(1).mean().sqrt() * 2**0.5
     out = scores.new_zeros(COORDINATES, tokens)
     out[:count] = (scores / scale.clamp_min(1e-12)).T
     return out
+
+
+def _root(maps: Tensor) -> Tensor:
+    return maps.float().sqrt()
