@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Submission:
     Attributes:
         image: id in the datastore.
         entry: the image.
-        labels: uint8 of the image's shape, values as the client gave them.
+        labels: uint8 of the image's shape, values as the client gave them, but for those that share a name.
         names: name -> value of the labels present.
         time: seconds since 1970 of the submission.
     """
@@ -72,7 +73,8 @@ def read(datastore, engine: Engine, image: str) -> Submission:
     path = label_path(datastore, image)
     labels = on_grid(read_image(find_cases(path)[0]), entry.image)
     info = datastore.get_label_info(image, FINAL)
-    return Submission(image, entry, labels, names_of(labels, info.get("label_info")), int(info.get("ts", 0)))
+    labels, names = named(labels, info.get("label_info"))
+    return Submission(image, entry, labels, names, int(info.get("ts", 0)))
 
 
 def read_all(datastore, engine: Engine) -> list[Submission]:
@@ -92,8 +94,11 @@ def label_path(datastore, image: str) -> Path:
     return Path(datastore._datastore.label_path(FINAL)) / f"{image}{extension}"
 
 
-def names_of(labels: np.ndarray, label_info: Any) -> dict[str, int]:
-    """Names of the labels present: as the client gave them, else ``label 1`` and so on; strokes are no labels.
+def named(labels: np.ndarray, label_info: Any) -> tuple[np.ndarray, dict[str, int]]:
+    """Labels, of which those of one name are one, and the names of those present.
+
+    A viewer lets a user call two segments "lesion". Names are as the client gave them, else ``label 1`` and so on; strokes are no
+    labels.
 
     Args:
         labels: uint8.
@@ -101,14 +106,22 @@ def names_of(labels: np.ndarray, label_info: Any) -> dict[str, int]:
     """
     given = {}
     for entry in label_info if isinstance(label_info, list) else ():
-        if isinstance(entry, dict) and str(entry.get("idx", entry.get("id", ""))).isdigit() and entry.get("name"):
-            given[int(entry.get("idx", entry.get("id")))] = str(entry["name"]).strip()
-    present = [int(v) for v in np.unique(labels) if v]
-    named = {given.get(value, f"label {value}"): value for value in present}
-    return {name: value for name, value in named.items() if name not in (*STROKES, "background")}
+        if isinstance(entry, dict) and str(entry.get("idx", entry.get("id", ""))).isdigit():
+            given[int(entry.get("idx", entry.get("id")))] = str(entry.get("name") or "").strip()
+    table, names = np.arange(256, dtype=np.uint8), {}
+    for value in (int(v) for v in np.unique(labels) if v):
+        name = given.get(value) or f"label {value}"
+        table[value] = names.setdefault(name, value)
+    return table[labels], {name: value for name, value in names.items() if name not in (*STROKES, "background")}
 
 
-def values_of_all(submissions: list[Submission]) -> dict[str, int]:
-    """Name -> value 1.. of every label of all submissions, in the order in which they first appear."""
+def values_of_all(submissions: list[Submission], before: Collection[str] = ()) -> dict[str, int]:
+    """Name -> value 1.. of every label of all submissions.
+
+    Args:
+        submissions: in whose order names first appear.
+        before: names that have values already; they come first, in that order, so that viewers that were told so stay right.
+    """
     names = dict.fromkeys(name for one in submissions for name in one.names)
-    return {name: value for value, name in enumerate(names, start=1)}
+    ordered = [*(name for name in before if name in names), *(name for name in names if name not in before)]
+    return {name: value for value, name in enumerate(ordered, start=1)}

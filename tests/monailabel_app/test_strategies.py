@@ -120,6 +120,23 @@ def test_submissions_are_read_under_common_values(store, engine):
     assert read(store, engine, "a").time > 0
 
 
+def test_segments_of_one_name_are_one_label_and_values_last(store, engine):
+    labels = np.zeros((48, 48, 1))
+    labels[4:9], labels[20:30], labels[40:44] = 1, 2, 3
+    two_lesions = [{"name": "lesion", "idx": 1}, {"name": " lesion ", "idx": 2}, {"name": "  ", "idx": 3}]
+    submit(store, "a", labels, two_lesions)
+    submit(store, "b", labels, [{"name": "cyst", "idx": 1}, {"name": "lesion", "idx": 2}])
+    every = {one.image: one for one in read_all(store, engine)}
+    assert every["a"].names == {"lesion": 1, "label 3": 3}
+    learned = every["a"].in_values({"lesion": 1, "label 3": 2})
+    np.testing.assert_array_equal(learned == 1, (labels == 1) | (labels == 2))
+    # Submitted anew, "b" is later than "a" or before it: the names that are known keep their values.
+    known = {"lesion": 1, "label 3": 2, "cyst": 3}
+    assert values_of_all([every["b"], every["a"]], known) == known
+    assert values_of_all([every["b"], every["a"]]) == {"cyst": 1, "lesion": 2, "label 3": 3}
+    assert values_of_all([every["b"]], {"gone": 1, "lesion": 2}) == {"lesion": 1, "cyst": 2, "label 3": 3}
+
+
 @pytest.fixture
 def scans(tmp_path) -> FolderDatastore:
     """Two scans, deep enough to be learned from as a whole."""

@@ -31,7 +31,7 @@ from phantom_studies import OBJECT, SHAPE, phantom, write_series
 from zeroseg.attention import Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.io import find_cases, read_image
+from zeroseg.io import Image, find_cases, read_image
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_an_option_that_does_not_fit_is_refused_by_name(value, default):
 
 def test_the_largest_labels_are_kept_and_numbered_without_a_gap():
     labels = np.repeat(np.array([0, 1, 2, 5, 7], np.uint8), [9, 3, 1, 6, 4])
-    assert keep_largest(labels, 3) == 1
+    assert keep_largest(labels, 3) == ([1, 5, 7], 1)
     assert labels.tolist() == [0] * 9 + [1] * 3 + [0] + [2] * 6 + [3] * 4
-    assert keep_largest(np.zeros((3, 3), np.uint8), 3) == 0
+    assert keep_largest(np.zeros((3, 3), np.uint8), 3) == ([], 0)
 
 
 def test_named_segments_keep_their_names_when_they_are_numbered_without_a_gap():
@@ -80,11 +80,43 @@ def test_named_segments_keep_their_names_when_they_are_numbered_without_a_gap():
     result = task.segment(
         SimpleNamespace(image=SimpleNamespace(is_volume=False)), task.options({"text": " cell, lung "})
     )
+    task.fit_labels(result)
     assert asked == [{"text": "cell, lung"}]
     assert task.label_names(result, {}) == {"lung": 1, "segment_02": 2, "segment_03": 3}
     assert result.scores == [0.2, 0.3, 0.5] and [n["label"] for n in result.details["nouns"]] == [None, 1]
     with pytest.raises(ZeroSegError, match="choose select segments"):
         task.segment(None, task.options({"text": "cell", "select": "auto"}))
+
+
+def test_scores_go_along_with_the_labels_that_are_kept():
+    labels = np.repeat(np.array([0, 1, 2, 3], np.uint8), [4, 3, 1, 5]).reshape(1, -1)
+    found = Segmentation(labels, np.ones(labels.shape, np.float32), [0.1, 0.2, 0.3], "segments")
+    task = tasks.segments(None)
+    task.labels = {"segment_01": 1, "segment_02": 2}
+    assert task.fit_labels(found) == {1: 1, 3: 2} and found.scores == [0.1, 0.3]
+    assert found.notes == ["1 smaller segments left out"] and set(np.unique(found.labels)) == {0, 1, 2}
+
+
+def test_a_learned_label_keeps_its_name_where_the_others_are_missing_and_when_the_head_is_replaced(tmp_path):
+    labels = np.zeros((6, 6), np.uint8)
+    labels[2:4, 2:4] = 2
+    names = {"liver": 1, "spleen": 2}
+    head = SimpleNamespace(describe=lambda: {"labels": names})
+    served = {"labels": names}
+    heads = SimpleNamespace(head=lambda: head, record=lambda: served)
+    engine = SimpleNamespace(
+        learned=lambda *args: Segmentation(
+            labels.copy(), np.ones((6, 6), np.float32), [0.0, 0.9], "learned", details={}
+        ),
+        open=lambda path: SimpleNamespace(image=Image(np.zeros((1, 6, 6), np.float32))),
+        inferer=SimpleNamespace(backbone=SimpleNamespace(describe=lambda: {"source": "tiny"})),
+    )
+    task = tasks.learned(engine, heads)
+    # A training publishes another head between the answer and its names.
+    task.segment = lambda *args, ask=task.segment: (ask(*args), served.update(labels={"spleen": 1, "liver": 2}))[0]
+    path, answer = task({"image": str(tmp_path / "a.png"), "result_extension": ".nrrd"})
+    assert answer["label_names"] == {"spleen": 2} and answer["scores"] == [0.0, 0.9]
+    assert set(np.unique(read_image(find_cases(path)[0]).array)) == {0, 2}
 
 
 def test_the_cache_forgets_the_least_recently_used_and_keeps_its_limit():

@@ -54,6 +54,20 @@ class ZeroSegTask(InferTask):
         """The frozen model that made the mask: source, SHA-256 of its weights, device."""
         return self.engine.inferer.backbone.describe()
 
+    def fit_labels(self, result: Segmentation) -> dict[int, int]:
+        """Make an answer, in place, one that viewers can show: no more labels than are declared, numbered without a gap.
+
+        For labels whose number means nothing; a note says how many were left out.
+
+        Returns:
+            label before -> label now, of those kept.
+        """
+        kept, dropped = keep_largest(result.labels, len(self.labels) or 255)
+        result.scores = [result.scores[k - 1] for k in kept if k <= len(result.scores)]
+        if dropped:
+            result.notes.append(f"{dropped} smaller segments left out")
+        return {before: now for now, before in enumerate(kept, start=1)}
+
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """Names of the labels present, which 3D Slicer gives to its segments in order."""
         present = {int(v) for v in np.unique(result.labels)} - {0}
@@ -92,24 +106,22 @@ class ZeroSegTask(InferTask):
         if result.absent and options.get("absent") == "error":
             wanted = str(options.get("text") or "").strip() or result.name or "the object"
             raise ZeroSegError(f"absent: {wanted!r} was not found in this image ({result.reason})")
-        most = len(self.labels) or 255
-        dropped = keep_largest(result.labels, most)
+        self.fit_labels(result)
         compress = pick("result_compress", request.get("result_compress", True), True)
         shown = result.confidence if wants_confidence else result.labels
         path = write(entry.image, shown, extension, dtype, compress)
         seconds = {stage: round(spent, 4) for stage, spent in result.seconds.items()}
         backbone = self.describe_backbone()
-        notes = [*entry.image.notes, *result.notes]
         return path, {
             "label_names": self.label_names(result, options),
             "centroids": {},
             "select": result.rule,
             "absent": result.absent,
             "absent_because": result.reason,
-            "scores": [round(s, 4) for s in result.scores[:most]],
+            "scores": [round(s, 4) for s in result.scores],
             "seconds": {**seconds, "total": round(time.perf_counter() - started, 4)},
             "backbone": {k: v for k, v in backbone.items() if k != "files"},
-            "notes": [*notes, *([f"{dropped} smaller segments left out"] if dropped else [])],
+            "notes": [*entry.image.notes, *result.notes],
             "details": result.details,
             "zeroseg": __version__,
         }
@@ -180,13 +192,13 @@ def pick(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def keep_largest(labels: np.ndarray, count: int) -> int:
+def keep_largest(labels: np.ndarray, count: int) -> tuple[list[int], int]:
     """Clear, in place, all but the ``count`` largest labels and number those 1..count without a gap, in their old order.
 
     Viewers show the labels a model declares, and 3D Slicer names segments in order.
 
     Returns:
-        How many labels were cleared.
+        The labels kept, by what they were before; and how many were cleared.
     """
     sizes = np.bincount(labels.ravel(), minlength=2)
     sizes[0] = 0
@@ -195,7 +207,7 @@ def keep_largest(labels: np.ndarray, count: int) -> int:
     table = np.zeros(len(sizes), labels.dtype)
     table[kept] = np.arange(1, len(kept) + 1)
     labels[...] = table[labels]
-    return len(present) - len(kept)
+    return kept.tolist(), len(present) - len(kept)
 
 
 def write(image: Image, labels: np.ndarray, extension: str, dtype: str, compress: bool = True) -> str:

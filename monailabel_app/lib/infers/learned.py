@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from lib.engine import Engine
 from lib.heads import Heads
 from lib.infers.base import ZeroSegTask, only_slice
@@ -42,3 +44,12 @@ class Learned(ZeroSegTask):
         result = self.engine.learned(entry, head, only_slice(entry, options))
         result.details["head"] = head.describe()
         return result
+
+    def fit_labels(self, result: Segmentation) -> dict[int, int]:
+        """They stay as they are: a value is the name that was learned, whether or not the others are there."""
+        return {}
+
+    def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
+        """Of the head that answered; another one may be served by now."""
+        present = {int(v) for v in np.unique(result.labels)}
+        return {name: value for name, value in result.details["head"]["labels"].items() if value in present}

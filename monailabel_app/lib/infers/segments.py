@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from lib.infers.base import ZeroSegTask, keep_largest, only_slice
+from lib.infers.base import ZeroSegTask, only_slice
 from lib.sources import OpenImage
 from zeroseg.errors import ZeroSegError
 from zeroseg.segmentation import Segmentation
@@ -31,27 +29,22 @@ class Segments(ZeroSegTask):
         if nouns and options["select"] != "segments":
             raise ZeroSegError("nouns in the option text name segments: choose select segments, or empty the text")
         prompt = {"text": nouns} if nouns else {}
-        result = self.engine.segment(entry, options["select"], only_slice(entry, options), settings, **prompt)
-        return _without_gaps(result, len(self.labels)) if nouns else result
+        return self.engine.segment(entry, options["select"], only_slice(entry, options), settings, **prompt)
+
+    def fit_labels(self, result: Segmentation) -> dict[int, int]:
+        """As every task; where nouns were given, they go along with their labels."""
+        moved = super().fit_labels(result)
+        named = result.details.get("labels")
+        if named is None:
+            return moved
+        result.details["labels"] = {name: moved[value] for name, value in named.items() if value in moved}
+        for part in (result.details, *result.details.get("slices", ())):
+            for entry in part.get("nouns", ()):
+                entry["label"] = moved.get(entry["label"])
+        return moved
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """The nouns, and for segments without one the names declared."""
         named = result.details.get("labels", {})
         rest = {n: v for n, v in super().label_names(result, options).items() if v not in named.values()}
         return dict(sorted({**rest, **named}.items(), key=lambda item: item[1]))
-
-
-def _without_gaps(result: Segmentation, most: int) -> Segmentation:
-    """The ``most`` largest labels numbered 1..K, as viewers want them, and their names along with them."""
-    before = result.labels.copy()
-    dropped = keep_largest(result.labels, most)
-    moved = {int(before[result.labels == k][0]): int(k) for k in np.unique(result.labels) if k}
-    named = result.details["labels"]
-    result.details["labels"] = {name: moved[value] for name, value in named.items() if value in moved}
-    for part in (result.details, *result.details.get("slices", ())):
-        for entry in part.get("nouns", ()):
-            entry["label"] = moved.get(entry["label"])
-    result.scores = [result.scores[old - 1] for old in moved]
-    if dropped:
-        result.notes.append(f"{dropped} smaller segments left out")
-    return result

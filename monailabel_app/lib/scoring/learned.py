@@ -14,7 +14,6 @@ from lib.heads import Heads
 from lib.mends.responsive import stop_if_abandoned
 from lib.submissions import Submission, read_all
 from zeroseg.evaluation.volume_metrics import score_volume, tolerance_of
-from zeroseg.io import Image
 
 
 class LearnedScore(ScoringMethod):
@@ -61,12 +60,13 @@ class LearnedScore(ScoringMethod):
 def score(one: Submission, engine: Engine, heads: Heads) -> dict[str, dict[str, float]]:
     """Label -> ``dice`` and ``nsd`` (tolerance: two voxels), of every label of one submission."""
     stop_if_abandoned()
-    head, values = heads.head(), (heads.record() or {})["labels"]
+    head = heads.head()
     found = engine.learned(one.entry, head).labels
     scores = {}
-    spacing = spacing_of(one.entry.image)
+    sides = one.entry.image.spacing or (1.0,) * one.labels.ndim
+    spacing = (*sides, 1.0)[:3]
     for name, value in one.names.items():
-        truth, mask = one.labels == value, found == values.get(name, -1)
+        truth, mask = one.labels == value, found == head.labels.get(name, -1)
         shape = truth.shape if truth.ndim == 3 else (*truth.shape, 1)
         figures = score_volume(mask.reshape(shape), truth.reshape(shape), spacing, tolerance_of(spacing[: truth.ndim]))
         scores[name] = {key: round(figures[key], 4) for key in ("dice", "nsd")}
@@ -92,12 +92,3 @@ def mean_by_label(each: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict
         means[name] = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in ("dice", "nsd")}
         means[name]["images"] = len(rows)
     return means
-
-
-def spacing_of(image: Image) -> tuple[float, float, float]:
-    """Voxel size in mm along the axes of the image's arrays; 1 where it is not known."""
-    if image.is_volume:
-        sides = np.linalg.norm(image.affine[:3, :3], axis=0)
-        return float(sides[0]), float(sides[1]), float(sides[2])
-    rows, columns = image.pixel_spacing or (1.0, 1.0)
-    return float(rows), float(columns), 1.0

@@ -84,7 +84,7 @@ class LearnedTrainer(TrainTask):
         self.heads.report(epoch=0, total_epochs=1, best_metric=0.0)
         try:
             submissions = read_all(datastore, self.engine)
-            values = values_of_all(submissions)
+            values = values_of_all(submissions, (self.heads.record() or {}).get("labels", {}))
             if not values:
                 raise ZeroSegError(
                     "the submitted labels are empty, or none can be read: submit one that shows something"
