@@ -408,10 +408,10 @@ def test_a_volume_is_decoded_once_for_all_prompts(make, volume):
     encoded = inferer.encode(volume, AFFINE, "ct")
     for words in ("liver tumour", "kidney tumour"):
         inferer.maps(encoded, "liver", words)
-    kept = encoded._reconstruction
+    kept = encoded._lasting["reconstruction"]
     assert kept is not None
     inferer.maps(encoded, "liver", "tumour")
-    assert encoded._reconstruction is kept
+    assert encoded._lasting["reconstruction"] is kept
 
 
 class TestOwnAdapters:

@@ -132,8 +132,7 @@ def run_volume(
     scored, answers, shown = [], [], np.zeros_like(volume.truth)
     for name, settings in rows.items() if sick else (("tumor", {}),):
         # What it takes to find these belongs to every row that needs them.
-        encoded._reconstruction = None
-        vars(encoded).pop("nodule", None)
+        encoded.forget()
         start = time.perf_counter()
         with changed(inferer, **settings):
             result = inferer.predict(encoded)

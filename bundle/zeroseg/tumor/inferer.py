@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,6 +46,8 @@ from zeroseg.tumor.prompts import (
     prompt_set,
 )
 from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, reach, voxels_of
+
+Value = TypeVar("Value")
 
 STAGES = ("aova", "inpaint", "pixel", "feature", "lungs", "head")
 EVIDENCE = ("aova", "healthy", "pixel_residual", "feature_residual")
@@ -94,11 +95,25 @@ class EncodedVolume:
     scan: Tensor | None = None
     affine: np.ndarray | None = None
     readers: dict[str | None, EncodedFeatures] = field(default_factory=dict)
-    _reconstruction: Tensor | None = None
+    # What no prompt changes, found on first use; one for all copies of an encoding.
+    _lasting: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    def keep(self, name: str, make: Callable[[], Value]) -> Value:
+        """What ``make`` gives, worked out once for the volume."""
+        if name not in self._lasting:
+            self._lasting[name] = make()
+        return cast(Value, self._lasting[name])
+
+    def forget(self) -> None:
+        """Let go of all that was kept."""
+        self._lasting.clear()
+
+    @property
     def nodule(self) -> Nodule | None:
-        """What stands out in the lungs in CT, on the working grid; None where nothing does. Found once, for no prompt changes it."""
+        """What stands out in the lungs in CT, on the working grid; None where nothing does. Kept."""
+        return self.keep("nodule", self._find_nodule)
+
+    def _find_nodule(self) -> Nodule | None:
         prepared = self.prepared
         if self.scan is None or prepared.to_hu is None:
             raise ValueError("the encoding was made without its scan, or its HU are not known")
@@ -748,9 +763,7 @@ class TumorSegmentationInferer(Inferer):
 
     def _reconstruction(self, encoded: EncodedVolume) -> Tensor:
         """Dec(E(I)), computed once per volume."""
-        if encoded._reconstruction is None:
-            encoded._reconstruction = self.backbone.decode(encoded.features.latent)
-        return encoded._reconstruction
+        return encoded.keep("reconstruction", lambda: self.backbone.decode(encoded.features.latent))
 
     def _ask_head(
         self, encoded: EncodedVolume, probability: np.ndarray, mask: np.ndarray, weight: float

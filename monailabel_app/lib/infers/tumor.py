@@ -75,5 +75,6 @@ class Tumor(ZeroSegTask):
 
 def _bytes_of_volume(encoded: EncodedVolume) -> int:
     adapted = sum(t.nbytes for read in encoded.readers.values() for _, piece in read.pieces for t in piece or ())
+    scan = 0 if encoded.scan is None else encoded.scan.nbytes
     # Beside the volume stand its copy on the device and, once a prompt has needed it, its reconstruction.
-    return 3 * encoded.prepared.volume.nbytes + encoded.features.latent.nbytes + adapted
+    return 3 * encoded.prepared.volume.nbytes + scan + encoded.features.latent.nbytes + adapted
