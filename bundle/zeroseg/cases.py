@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class CaseDataset(Dataset):
 
     @property
     def cases(self) -> list[Case]:
-        """All cases, ordered by stem.
+        """All cases, ordered by path.
 
         Raises:
             ZeroSegError: nothing was given, or nothing readable is there.
@@ -175,6 +176,8 @@ class CaseRunner:
     prompt_keys: tuple[str, ...] = PROMPT_KEYS
     options: tuple[str, ...] = ("text", "window", "dicom_seg")
     """Arguments that shape results, beside the inferer's."""
+    parts: tuple[str, ...] = ("seg", "confidence", "overlay")
+    """What a case's files show, as their names say."""
 
     def __init__(
         self,
@@ -307,6 +310,7 @@ class CaseRunner:
             with staged(output) as stage:
                 files, notes = self._write(case, image, unit, result, prompt, stage)
             entry["files"] = files
+            self._remove_others(case, files, output)
             written = time.perf_counter()
             entry.update(
                 status="done",
@@ -337,6 +341,13 @@ class CaseRunner:
                 raise
             entry["reason"] = "not enough memory for this case: use a smaller resolution, or --device cpu"
         return entry
+
+    def _remove_others(self, case: Case, files: Sequence[str], output: Path) -> None:
+        """Of an earlier answer to the case nothing stays beside the new one, such as the DICOM SEG of what is absent now."""
+        for part, suffix in itertools.product(self.parts, (".png", ".nii.gz", ".dcm")):
+            name = f"{case.stem}_{part}{suffix}"
+            if name not in files:
+                (output / name).unlink(missing_ok=True)
 
     def _prompt(self, image: Image, prompt: dict[str, Any]) -> dict[str, Any]:
         """The prompt of a case, completed by what holds for all cases."""

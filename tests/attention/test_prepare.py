@@ -86,3 +86,12 @@ def test_refuses(image, message):
     with pytest.raises(ZeroSegError, match=message) as error:
         prepare(image)
     assert "\n" not in str(error.value)
+
+
+def test_the_contrast_of_a_volume_is_not_that_of_one_slice(monkeypatch):
+    # Slices lie next to each other in memory: every 16th value of 16 slices is the first slice's.
+    monkeypatch.setattr("zeroseg.attention.prepare.SAMPLES", 1600)
+    volume = torch.rand(1, 40, 40, 16, generator=torch.Generator().manual_seed(0)) + 1
+    volume[..., 0] = torch.linspace(0, 0.1, 1600).view(1, 40, 40)
+    stretched = stretch(volume)
+    assert (stretched == 1).float().mean() < 0.02 and stretched[..., 1:].std() > 0.1

@@ -15,7 +15,8 @@ from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.head import Window
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.interaction.promptable import Event, Session, find_whole, load_head, mend
+from zeroseg.interaction.promptable import Event, Session, events_of, find_whole, load_head, mend
+from zeroseg.interaction.prompts import check_prompts
 from zeroseg.interaction.settings import Settings
 
 SIZE = (64, 64)
@@ -242,3 +243,42 @@ def test_an_unsure_answer_is_looked_for_anew_whatever_was_marked(monkeypatch, ki
         answer = replace(before, mask=mask, estimates=(estimate,) * 3)
         monkeypatch.setattr(session, way, lambda *_, answer=answer: answer)
     assert bool(session.answer([first, second]).mask.all()) is not anew
+
+
+def test_strokes_on_the_background_wait_for_an_object(encoded, inferer):
+    strokes = np.zeros(SIZE, np.uint8)
+    strokes[2:6, 20:60] = 2
+    asked = {"points": [ALONE], "scribbles": strokes}
+    events = events_of(encoded, check_prompts(SIZE, **asked))
+    assert len(events) == 1 and {kind for *_, kind in events[0].marks} == {1, 2}
+    answer = inferer.predict(encoded.fresh(), **asked).labels > 0
+    assert dice(answer, truth(np.s_[40:56], np.s_[40:56])) > 0.8 and not answer[strokes == 2].any()
+
+
+def test_an_empty_mask_says_nothing(encoded, inferer):
+    empty, box = np.zeros(SIZE, bool), [38, 38, 57, 57]
+    for asked in ({"points": [ALONE]}, {"box": box}):
+        plain = inferer.predict(encoded.fresh(), **asked).labels
+        assert np.array_equal(inferer.predict(encoded.fresh(), mask=empty, **asked).labels, plain)
+    with pytest.raises(ZeroSegError, match="at least one click"):
+        inferer.predict(encoded, mask=empty)
+
+
+def test_a_draft_that_the_working_grid_loses_says_nothing(encoded, inferer, monkeypatch):
+    draft = np.zeros(SIZE, bool)
+    draft[5, 5] = True
+    plain = inferer.predict(encoded.fresh(), points=[ALONE]).labels
+    monkeypatch.setattr("zeroseg.interaction.promptable.resized", lambda mask, size: np.zeros(size, bool))
+    assert np.array_equal(inferer.predict(encoded.fresh(), points=[ALONE], mask=draft).labels, plain)
+
+
+def test_an_answer_that_failed_is_not_taken_for_the_one_before(encoded, monkeypatch):
+    session = Session(load_head(), encoded.image, encoded.readout)
+    one, other = Event(((48, 48, 1),)), Event(((44, 30, 1),))
+    first = session.answer([one])
+    session.answer([one, other])
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_next", lambda *given: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            session.answer([one, Event(((20, 50, 1),))])
+    assert np.array_equal(session.answer([one]).mask, first.mask)

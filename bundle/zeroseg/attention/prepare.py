@@ -7,6 +7,9 @@ from torch import Tensor
 
 from zeroseg.errors import ZeroSegError
 
+SAMPLES = 1_000_000
+"""Quantiles of so many values are exact enough, and bounded in time."""
+
 
 def to_three_channels(image: Tensor) -> Tensor:
     """Map (C, ...) to (3, ...) without labels.
@@ -34,8 +37,11 @@ def to_three_channels(image: Tensor) -> Tensor:
 def stretch(image: Tensor, low: float = 0.005, high: float = 0.995) -> Tensor:
     """Scale so that the given quantiles, over all channels together, become 0 and 1; a constant image becomes zeros."""
     values = image.flatten()
-    step = max(1, values.numel() // 1_000_000)  # quantiles of a million samples are exact enough, and bounded in time
-    bounds = torch.quantile(values[::step].float(), torch.tensor([low, high], device=image.device))
+    if len(values) >= 2 * SAMPLES:
+        # At random, by a fixed seed: every n-th value of a volume may be one slice's alone.
+        places = torch.randint(len(values), (SAMPLES,), generator=torch.Generator().manual_seed(0))
+        values = values[places.to(image.device)]
+    bounds = torch.quantile(values.float(), torch.tensor([low, high], device=image.device))
     if bounds[1] <= bounds[0]:
         bounds = torch.stack([image.min(), image.max()]).float()
     return ((image - bounds[0]) / (bounds[1] - bounds[0]).clamp_min(1e-12)).clamp(0, 1)

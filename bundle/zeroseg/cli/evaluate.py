@@ -201,6 +201,10 @@ def run_few_shot(args: argparse.Namespace) -> int:
 
     if args.protocols != ["few-shot"]:
         raise ZeroSegError("few-shot is measured by itself: leave the other protocols out")
+    if args.half != "all" or args.control is not None:
+        raise ZeroSegError(
+            "few-shot learns from and is scored on a whole set, and has no control: leave --half and --control out"
+        )
     shots, times, longer = (
         numbers(getattr(args, name), f"--{name.replace('_', '-')}") for name in ("shots", "unet_times", "unet_shots")
     )

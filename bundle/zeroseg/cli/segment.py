@@ -80,7 +80,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     check_learned(args, prompt)
-    settings = given(args, "preset", "select", "affinity", "max_segments", "refine", "resolution", "seed")
+    settings = given(args, "select", "affinity", "max_segments", "refine", "resolution", "seed")
     settings |= given(args, "backbone", "revision", "variant", "device", "dtype")
     if args.condition is not None:
         settings["condition"] = words(args.condition)
@@ -93,8 +93,13 @@ def run(args: argparse.Namespace) -> int:
 
     from zeroseg.cases import CaseDataset
     from zeroseg.configs import build_runner, find_config, parse_settings
+    from zeroseg.interaction.settings import PRESETS
 
-    runner = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, Path(args.output_dir))
+    settings = parse_settings(args.set) | settings
+    if args.preset is not None:
+        # What is said beside a preset holds, even what is the default without it.
+        settings = PRESETS[args.preset] | settings
+    runner = build_runner(find_config("inference.yaml"), settings, Path(args.output_dir))
     # Words become an attribute: in a config, text that begins with $ is a program.
     runner.text, runner.prompts = args.text if args.text is not None else runner.text, args.prompts
     if window is not None:
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.learned is not None or args.exemplar is not None:
         runner.inferer = learned_inferer(args, runner.inferer, runner.window)
     if prompt:
-        cases = CaseDataset(args.input).cases
+        cases = CaseDataset(args.input, args.output_dir).cases
         if len(cases) > 1:
             raise ZeroSegError(
                 f"clicks, boxes and drawings are for one image, here are {len(cases)}: give --prompts prompts.json"
@@ -161,5 +166,5 @@ def learned_inferer(args: argparse.Namespace, inferer: Any, window: Any) -> Any:
         raise ZeroSegError(f"--exemplar takes IMAGE,MASK, two files with a comma between, not {args.exemplar!r}")
     labelled = read_folders(Path(image), Path(mask), window=window)
     if len(labelled.cases) > 1:
-        raise ZeroSegError("--exemplar takes one image: for several, zeroseg learn --images DIR --masks DIR")
+        raise ZeroSegError("--exemplar takes one image: for several, zeroseg learn --images DIR --labels DIR")
     return LearnedInferer(Exemplar(labelled.cases[0], inferer, labelled.labels), "exemplar")

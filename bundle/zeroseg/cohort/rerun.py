@@ -21,8 +21,8 @@ CONFIGS = {
     "AttentionSegmentationInferer": "inference.yaml",
     "TumorSegmentationInferer": "inference_tumor.yaml",
 }
-WEIGHTS = ("adapters", "text_encoder")
-"""Settings that describe weights: given by --set, and checked."""
+FILES = ("adapters", "text_encoder", "vocabulary")
+"""Settings that describe files, of weights or words: given by --set, and checked."""
 
 
 def run(
@@ -124,7 +124,7 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
     given.setdefault("untrained", described.get("untrained") is True)
     runner = build_runner(find_config(CONFIGS[manifest["inferer"]]), given, output)
     changed = {key.replace("::", "#").split("#")[-1] for key in settings}
-    own = set(runner.inferer.settings()) - {*WEIGHTS, *changed}
+    own = set(runner.inferer.settings()) - {*FILES, *changed}
     mine = {name: value for name, value in manifest["settings"].items() if name in own and name not in runner.options}
     for name, value in manifest["settings"].items():
         if name in runner.options:
@@ -146,9 +146,10 @@ def rebuild_runner(manifest: Mapping[str, Any], settings: Mapping[str, Any], out
 
 def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal for masks to be equal: settings, and the hashes of all weights."""
-    identity = {f"setting {name}": value for name, value in header["settings"].items() if name not in WEIGHTS}
-    for name in WEIGHTS:
-        identity[f"sha256 of {name}"] = (header["settings"].get(name) or {}).get("sha256")
+    identity = {f"setting {name}": value for name, value in header["settings"].items() if name not in FILES}
+    for name in FILES:
+        described = header["settings"].get(name)
+        identity[f"sha256 of {name}"] = described.get("sha256") if isinstance(described, dict) else described
     identity |= {f"backbone {name}": header["backbone"].get(name) for name in ("sha256", "untrained", "dtype")}
     return identity
 

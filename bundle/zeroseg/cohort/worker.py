@@ -14,7 +14,8 @@ from zeroseg.cohort.jobs import Job
 from zeroseg.cohort.records import digest, failed, read_record, record_path
 from zeroseg.configs import build_runner
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import write_json
+from zeroseg.interaction.prompts import DRAWN
+from zeroseg.io import file_sha256, write_json
 
 
 class CaseWorker:
@@ -73,7 +74,9 @@ class CaseWorker:
         """
         key, entries, defect = None, [], None
         try:
-            key = digest([job.identity(), job.prompt, self.fingerprint])
+            # What is drawn is told by what its file holds, not by its name.
+            drawn = {n: file_sha256(p) for n in DRAWN if n in job.prompt and (p := Path(job.prompt[n])).is_file()}
+            key = digest([job.identity(), job.prompt | drawn, self.fingerprint])
             before = read_record(self.output, job.stem)
             if before and before["key"] == key and self._stands(before["entries"]):
                 return {"entries": before["entries"], "skipped": True, "defect": None}

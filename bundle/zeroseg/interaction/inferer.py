@@ -189,7 +189,7 @@ class AttentionSegmentationInferer(Inferer):
             select: overrides the inferer's rule for this call.
             points: (x, y) = (column, row) of clicks, in pixels of the original image, in the order they were made.
             labels: 1 (object) or 0 (not the object) per click; all 1 by default.
-            box: (x0, y0, x1, y1), corners inside the image; with points it bounds the mask.
+            box: (x0, y0, x1, y1), corners inside the image; with points it says where the object is before they correct it.
             text: the words to look for. Rule ``segments``: nouns with commas between, to name the segments by; the k-th noun is
                 label k, and segments that no noun fits keep labels of their own after those.
             scribbles: (H, W) integers, 1 object, 2 background, 0 neither.
@@ -499,7 +499,7 @@ class AttentionSegmentationInferer(Inferer):
             inputs: (B, C, H, W) or (B, C, X, Y, Z).
             network: ignored; the backbone is the inferer's own.
             prompts: keyword arguments of ``predict`` for all items, or one dict each.
-            **kwargs: ``affine`` of all volumes of the batch, see ``segment``.
+            **kwargs: ``affine`` of all volumes of the batch, (4, 4), or of each, (B, 4, 4), see ``segment``.
 
         Returns:
             (B, 1, ...) uint8 labels on the inputs' device; affine and metadata of a MetaTensor are kept.
@@ -515,11 +515,10 @@ class AttentionSegmentationInferer(Inferer):
         affine: Any = kwargs.get("affine")
         if affine is None and isinstance(inputs, MetaTensor) and inputs.ndim == 5:
             affine = np.asarray(inputs.affine)
-        if np.ndim(affine) == 3:
-            affine = affine[0]
+        affines = list(affine) if np.ndim(affine) == 3 else [affine] * len(inputs)
         masks = [
-            torch.from_numpy(self.segment(i, affine=affine, **p).labels)[None]
-            for i, p in zip(inputs.as_subclass(Tensor), each, strict=True)
+            torch.from_numpy(self.segment(image, affine=one, **prompt).labels)[None]
+            for image, one, prompt in zip(inputs.as_subclass(Tensor), affines, each, strict=True)
         ]
         labels = torch.stack(masks).to(inputs.device)
         if hasattr(inputs, "meta"):

@@ -141,12 +141,16 @@ def answer_by_head(
     Args:
         encoded: the image.
         prompts: of rule ``points`` or ``box``.
-        settings: ``affinity`` and others have shaped the encoding; none is used here.
+        settings: ``refine`` shapes the answer of attention, which stands where the head is unsure; others have shaped the encoding.
         head: the embedded one by default.
     """
     start = None if prompts.mask is None else resized(prompts.mask, tuple(encoded.image.shape[1:]))
     session = _session(encoded, settings, head or load_head())
-    answer = session.answer(events_of(encoded, prompts), start, prompts.candidate)
+    events = events_of(encoded, prompts)
+    if start is not None and events and not start.any():
+        # A few pixels of a large picture are none on the working grid.
+        start = None
+    answer = session.answer(events, start, prompts.candidate)
     details = {
         "estimated_iou": round(answer.estimates[answer.shown], 4),
         "candidate": answer.shown + 1,
@@ -232,11 +236,12 @@ def events_of(encoded: EncodedImage, prompts: Prompts) -> list[Event]:
         rows, columns = np.nonzero(prompts.scribbles)
         at = np.stack([rows * shape[0] // encoded.size[0], columns * shape[1] // encoded.size[1]], 1)
         marks = [(int(r), int(c), int(prompts.scribbles[y, x])) for (r, c), y, x in zip(at, rows, columns, strict=True)]
-    events = [Event(tuple(marks), box)] if marks or box else []
-    waiting: list[tuple[int, int, int]] = []
+    # What is background waits until there is an object.
+    known = box is not None or prompts.mask is not None or any(kind == 1 for _, _, kind in marks)
+    waiting = [] if known else marks
+    events = [Event(tuple(marks), box)] if known and (marks or box) else []
     for click, label in zip(prompts.points, prompts.labels, strict=True):
         waiting.append((*pixel_of(encoded, click), 1 if label else 2))
-        # Background clicks that come before there is an object wait for it.
         if events or prompts.mask is not None or label:
             events.append(Event(tuple(waiting)))
             waiting = []
@@ -293,7 +298,7 @@ class Session:
                 return self._last
             # The last answer's candidates are wanted, so its event is answered again where it was passed before.
             same = min(same, len(events) - 1)
-            self._begun = begun
+            self._begun, self._last = begun, None
             del self._events[same:], self._masks[same:]
             for at in range(same, len(events)):
                 before = self._unpacked(self._masks[-1]) if self._masks else start

@@ -93,10 +93,7 @@ def check_prompts(
     strokes, start = _scribbles(scribbles, shape), _mask(mask, shape)
     corners = _box(box, extent)
     if rule == "points" and not (
-        any(kinds)
-        or corners is not None
-        or (start is not None and start.any())
-        or (strokes is not None and (strokes == 1).any())
+        any(kinds) or corners is not None or start is not None or (strokes is not None and (strokes == 1).any())
     ):
         raise ZeroSegError("select points needs at least one click with label 1 (on the object)")
     words = check_text(text) if rule == "text" else None
@@ -238,7 +235,8 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     values = _array("mask", mask, shape)
     if values.dtype != bool and (values.dtype.kind not in "iuf" or not np.isin(values, (0, 1)).all()):
         raise ZeroSegError("mask must hold true and false, or 0 and 1, only")
-    return values.astype(bool)
+    # An empty one says nothing.
+    return values.astype(bool) if values.any() else None
 
 
 def _array(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.hashing import file_sha256
 from zeroseg.interaction.prompts import SELECTS
 
 AFFINITIES = ("attention", "features", "both")
@@ -183,16 +184,11 @@ class Settings:
         )
 
     def record(self) -> dict[str, Any]:
-        """Every setting that shapes results, as JSON-serialisable values, for the manifest; of a file its name."""
-        return {
-            name: list(value)
-            if isinstance(value, tuple)
-            else Path(value).name
-            if name == "vocabulary" and value
-            else value
-            for name, _, value in self._each()
-            if name != "progress"
-        }
+        """Every setting that shapes results, as JSON-serialisable values, for the manifest; of a file its name and SHA-256."""
+        values = {n: list(v) if isinstance(v, tuple) else v for n, _, v in self._each() if n != "progress"}
+        if self.vocabulary is not None:
+            values["vocabulary"] = {"file": Path(self.vocabulary).name, "sha256": file_sha256(Path(self.vocabulary))}
+        return values
 
 
 def with_preset(preset: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -207,7 +207,14 @@ def read_vocabulary(path: str | Path | None = None) -> Vocabulary:
         ZeroSegError: it cannot be read or is not UTF-8, a line is malformed, a term stands twice or is a concept itself, terms stand for
             each other in a circle, or a line leads to no known concept; one line that names file and line.
     """
-    return _shipped() if path is None else _extended(Path(path))
+    if path is None:
+        return _shipped()
+    try:
+        stat = Path(path).stat()
+    except (OSError, ValueError):
+        # Reading it says what is wrong.
+        return _extended(Path(path), (0, 0))
+    return _extended(Path(path), (stat.st_mtime_ns, stat.st_size))
 
 
 @cache
@@ -222,7 +229,9 @@ def _shipped() -> Vocabulary:
     return Vocabulary(targets)
 
 
-def _extended(path: Path) -> Vocabulary:
+@lru_cache(8)
+def _extended(path: Path, stamp: tuple[int, int]) -> Vocabulary:
+    """A file's vocabulary as it was when it had that stamp; kept, with the sentence encoder's vectors of its terms."""
     shipped = _shipped()
     where = f"vocabulary {path.name}, line"
     concepts = {normalise(concept): concept for concept in shipped.concepts}

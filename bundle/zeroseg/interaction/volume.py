@@ -74,6 +74,9 @@ class _Walk:
         self.labels = np.zeros(self.shape, np.uint8)
         self.confidence = np.ones(self.shape, np.float32)
         self.seconds: dict[str, float] = {}
+        # What the answers to marks say of themselves; of the only slice there is, all of it.
+        self.notes: dict[str, None] = {}
+        self.details: dict[str, Any] = {}
 
     def each(self, indices: range, rule: str, named: int = 0, **prompt) -> Segmentation:
         """Apply a rule to every slice of a range; what lies outside is background. Labels up to ``named`` have names, which mean
@@ -130,14 +133,8 @@ class _Walk:
         for k in tqdm(range(low, high + 1), desc="slices", leave=False, disable=not self.inferer.progress):
             self.inferer.pause(k - low, high + 1 - low)
             here = marks.get(k, {})
-            self._keep(
-                k, self._collect(self.inferer.predict(self._encode(k), "points" if here else "box", box=box, **here))
-            )
-        result = self._result(prompts.rule, False, {})
-        # The user's word stands outside of the box as well.
-        for point, kind in zip(prompts.points, prompts.labels, strict=True):
-            result.labels[tuple(round(v) for v in point)] = kind
-        return result
+            self._answer(k, prompts, "points" if here else "box", box=box, **here)
+        return self._obeyed(self._result(prompts.rule, False, self.details), prompts)
 
     def follow(self, prompts: Prompts) -> Segmentation:
         """Segment each slice that was clicked, scribbled on or is part of the mask given, then follow its object both ways
@@ -151,15 +148,14 @@ class _Walk:
         reached = {}
         bar = tqdm(desc="slices", total=self.count, leave=False, disable=not self.inferer.progress)
         for k in anchors:
-            self._keep(k, self._collect(self.inferer.predict(self._encode(k), "points", **marks[k])))
+            self._answer(k, prompts, "points", **marks[k])
             bar.update()
         for k in anchors:
             for step in (-1, 1):
                 before = self.labels[k] > 0
                 at = k + step
                 while 0 <= at < self.count and at not in anchors:
-                    avoid = marks.get(at, {}).get("points", [])
-                    result = self._next(at, before, avoid)
+                    result = self._next(at, before, marks.get(at, {}))
                     if result is None:
                         break
                     self._keep(at, result)
@@ -168,15 +164,41 @@ class _Walk:
                     at += step
                     bar.update()
         bar.close()
-        return self._result("points", False, {"clicked_slices": anchors, "slices": sorted([*anchors, *reached])})
+        details = {**self.details, "clicked_slices": anchors, "slices": sorted([*anchors, *reached])}
+        return self._obeyed(self._result("points", False, details), prompts)
 
-    def _next(self, k: int, before: np.ndarray, avoid: list[list[float]]) -> Segmentation | None:
-        """The object of the slice before, found again in slice k by a click at its innermost point; None where it ended."""
+    def _answer(self, k: int, prompts: Prompts, rule: str, **marks: Any) -> None:
+        """Keep what the marks in slice k mean."""
+        chosen = {} if prompts.candidate is None else {"candidate": prompts.candidate}
+        result = self._collect(self.inferer.predict(self._encode(k), rule, **marks, **chosen))
+        self._keep(k, result)
+        self.notes |= dict.fromkeys(result.notes)
+        if self.count == 1:
+            self.details = result.details
+
+    def _obeyed(self, result: Segmentation, prompts: Prompts) -> Segmentation:
+        """The user's word stands outside of the box and in slices that were not clicked as well."""
+        if prompts.scribbles is not None:
+            result.labels[prompts.scribbles == 1], result.labels[prompts.scribbles == 2] = 1, 0
+        for point, kind in zip(prompts.points, prompts.labels, strict=True):
+            result.labels[tuple(round(v) for v in point)] = kind
+        result.notes += self.notes
+        return result
+
+    def _next(self, k: int, before: np.ndarray, avoid: dict[str, Any]) -> Segmentation | None:
+        """The object of the slice before, found again in slice k by a click at its innermost point; None where it ended.
+
+        Args:
+            k: index of the slice.
+            before: (rows, columns) bool.
+            avoid: the marks in slice k, all of the background.
+        """
         if not before.any():
             return None
         row, column = innermost(before)
-        points, labels = [[float(column), float(row)], *avoid], [1] + [0] * len(avoid)
-        result = self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels))
+        points, labels = [[float(column), float(row)], *avoid.get("points", [])], [1, *avoid.get("labels", [])]
+        strokes = {name: avoid[name] for name in ("scribbles",) if name in avoid}
+        result = self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels, **strokes))
         now = result.labels > 0
         overlap = 2 * np.count_nonzero(now & before) / max(1, np.count_nonzero(now) + np.count_nonzero(before))
         growth = np.count_nonzero(now) / max(1, np.count_nonzero(before))

@@ -73,6 +73,8 @@ def write_dicom_seg(
             warnings.simplefilter("ignore", UserWarning)  # about the style of patient names in the source
             sources = [_source(file) for file in image.source]
             segmentation = _segmentation(sources, segments, names, algorithm_version, algorithm_type)
+            # Names of segments may be in letters that the source's character set does not have.
+            segmentation.SpecificCharacterSet = "ISO_IR 192"
             segmentation.save_as(encoded, write_like_original=False)
     except ZeroSegError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,19 @@ from zeroseg.io.sniffing import TIFF_MAGIC
 
 # Pillow's own number where another package has lifted it already.
 _PILLOW_LIMIT = PILImage.MAX_IMAGE_PIXELS or 2**28 // 3
+
+ORIENTATION = 274
+"""TIFF and EXIF tag: 1 upright, 2 to 8 mirrored or turned."""
+TURNED = "EXIF orientation applied: coordinates and mask refer to the upright image"
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
 def read_picture(path: Path) -> Image:
@@ -46,8 +60,8 @@ def read_picture(path: Path) -> Image:
             _refuse_pages(path, getattr(picture, "n_frames", 1))
             if len(picture.getbands()) > 1 and max(picture.tag_v2.get(258, (8,))) > 8:
                 return _read_tiff(path)  # Pillow would cut 16-bit colour down to 8 bits
-        if picture.getexif().get(274, 1) not in (0, 1):
-            notes.append("EXIF orientation applied: coordinates and mask refer to the upright image")
+        if picture.getexif().get(ORIENTATION, 1) not in (0, 1):
+            notes.append(TURNED)
         upright = ImageOps.exif_transpose(picture)
     if upright.has_transparency_data:
         notes.append("alpha channel dropped")
@@ -78,10 +92,13 @@ def _read_tiff(path: Path) -> Image:
         check_size(path, page.shape)
         if page.axes not in ("YX", "YXS", "SYX"):
             raise ZeroSegError(f"{path}: TIFF with axes {page.axes}; save it as a plain gray or RGB image")
-        pixels = page.asarray()
+        pixels, tag = page.asarray(), page.tags.get(ORIENTATION)
     if page.axes == "SYX":
         pixels = np.moveaxis(pixels, 0, -1)
+    turn = _UPRIGHT.get(0 if tag is None else int(tag.value))
     count, notes = color_channels(path, 1 if pixels.ndim == 2 else pixels.shape[-1])
+    if turn is not None:
+        pixels, notes = np.ascontiguousarray(turn(pixels)), (TURNED, *notes)
     with np.errstate(over="ignore"):  # beyond float32: reported as infinite
         array = channels_first(pixels)[:count]
     return Image(array, modality="RGB" if count == 3 else None, bits=bits_of(pixels.dtype), notes=notes)

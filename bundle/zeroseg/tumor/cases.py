@@ -12,7 +12,7 @@ import numpy as np
 from zeroseg.cases import CaseDataset, CaseRunner
 from zeroseg.io import Case, Image, slice_affine, write_map
 from zeroseg.segmentation import Segmentation
-from zeroseg.tumor.inferer import TumorSegmentation
+from zeroseg.tumor.inferer import EVIDENCE, TumorSegmentation
 from zeroseg.tumor.prompts import DICOM_MODALITIES
 
 TUMOR_PROMPT_KEYS = ("organ", "tumor", "modality", "points", "labels", "box")
@@ -36,6 +36,7 @@ class TumorCaseRunner(CaseRunner):
 
     prompt_keys = TUMOR_PROMPT_KEYS
     options = ("text", "window", "dicom_seg", "evidence")
+    parts = (*CaseRunner.parts, *EVIDENCE)
 
     def __init__(
         self,
