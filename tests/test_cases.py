@@ -364,3 +364,13 @@ def test_drawings_of_a_volume_have_its_affine(inferer, out, tmp_path):
 def test_a_drawing_is_named_not_loaded_by_a_prompts_file(tmp_path):
     with pytest.raises(ZeroSegError, match="scribbles must be the name of an image file"):
         load_prompts(prompts(tmp_path, {"a": {"scribbles": [[0, 1]]}}))
+
+
+def test_of_an_earlier_answer_nothing_stays_beside_the_new_one(inferer, images, out):
+    run(inferer, images, out)
+    for name in ("first_seg.dcm", "first_seg.nii.gz", "third_seg.dcm", "first_notes.txt"):
+        (out / name).write_bytes(b"of an earlier run")
+    run(inferer, images, out)
+    left = {path.name for path in out.iterdir()}
+    assert {"first_seg.png", "third_seg.dcm", "first_notes.txt"} <= left
+    assert not {"first_seg.dcm", "first_seg.nii.gz"} & left

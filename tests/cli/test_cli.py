@@ -168,3 +168,27 @@ def test_the_old_scripts_still_answer(name):
     script = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: ")
+
+
+def test_what_is_said_beside_a_preset_holds_though_it_is_the_default(picture, tiny, tmp_path):
+    given = ["segment", picture, "--output-dir", tmp_path / "out", "--preset", "diffseg", "--refine", "guided", *tiny]
+    assert main([*map(str, given)]) == 0
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert (settings["refine"], settings["assign"]) == ("guided", "argmax")
+
+
+def test_values_that_begin_with_a_minus_are_values(picture, tiny, tmp_path):
+    given = ["segment", picture, "--output-dir", tmp_path / "out", "--window", "-600,1500", *tiny]
+    assert main([*map(str, given)]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["window"] == [-600, 1500]
+
+
+def test_clicks_on_one_image_leave_results_in_its_folder_out(picture, tiny, tmp_path):
+    given = ["segment", picture.parent, "--output-dir", picture.parent / "out", "--points", "30,30", *tiny]
+    for _ in range(2):
+        assert main([*map(str, given)]) == 0
+
+
+def test_few_shot_takes_no_half(picture, tmp_path, capsys):
+    given = ["evaluate", "--images", picture.parent, "--masks", picture.parent, "--out", tmp_path / "o"]
+    assert "leave --half and --control out" in refused(capsys, *given, "--protocol", "few-shot", "--half", "test")

@@ -117,6 +117,22 @@ def test_what_is_done_is_skipped_until_something_about_it_changes(worker, images
     assert again.work(first)["skipped"]
 
 
+def test_a_drawing_that_was_redrawn_is_another_one(worker, images, out, tmp_path):
+    first, _ = jobs_of(images)
+    strokes = tmp_path / "strokes.png"
+
+    def draw(rows: slice) -> FileJob:
+        marks = np.zeros(color().shape[:2], np.uint8)
+        marks[rows, 8:20] = 1
+        Image.fromarray(marks).save(strokes)
+        return FileJob(first.stem, first.path, first.case, prompt={"scribbles": str(strokes)})
+
+    again = worker()
+    assert not again.work(draw(np.s_[4:8]))["skipped"]
+    assert again.work(draw(np.s_[4:8]))["skipped"]
+    assert not again.work(draw(np.s_[20:24]))["skipped"]
+
+
 def test_a_failure_stays_until_it_is_retried(worker, images):
     (images / "bad.png").write_bytes(b"no picture")
     bad = jobs_of(images)[0]

@@ -12,6 +12,7 @@ from monai.inferers import Inferer
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
+from zeroseg.segmentation import Segmentation
 
 PROMPTS = {
     "segments": {},
@@ -297,3 +298,18 @@ def test_settings_are_fit_for_a_manifest(make):
     assert json.loads(json.dumps(settings)) == settings
     assert settings["noise_draws"] == 2 and settings["resolution"] == 64
     assert "backbone" not in settings
+
+
+def test_every_volume_of_a_batch_has_its_own_affine(make, monkeypatch):
+    seen = []
+
+    def segment(self, image, *, affine=None, **prompt):
+        seen.append(affine)
+        return Segmentation(np.zeros(image.shape[1:], np.uint8), np.ones(image.shape[1:], np.float32), [], "auto")
+
+    inferer = make()
+    monkeypatch.setattr(type(inferer), "segment", segment)
+    affines = torch.stack([torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0]))])
+    inferer(MetaTensor(torch.zeros(2, 1, 4, 4, 4), affine=affines))
+    inferer(torch.zeros(2, 1, 4, 4, 4), affine=np.eye(4))
+    assert [float(affine[2, 2]) for affine in seen] == [1, 5, 1, 1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.interaction.settings import Settings
 from zeroseg.interaction.vocabulary import Meaning, normalise, read_vocabulary
 
 
@@ -115,3 +116,14 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, content, message):
 def test_a_file_that_cannot_be_read(tmp_path, name):
     with pytest.raises(ZeroSegError, match="cannot read the vocabulary"):
         read_vocabulary(f"{tmp_path}/{name}")
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("skin lesion: beauty mark")
+    assert read_vocabulary(file) is read_vocabulary(file)
+    recorded = Settings(vocabulary=str(file)).record()["vocabulary"]
+    assert recorded["file"] == "own.txt"
+    file.write_text("cell nuclei: beauty mark, dot")
+    assert read_vocabulary(file).look_up("beauty mark").text == "cell nuclei"
+    assert Settings(vocabulary=str(file)).record()["vocabulary"]["sha256"] != recorded["sha256"]

@@ -233,3 +233,31 @@ def test_seconds_add_up():
 def test_a_single_slice_is_a_volume_too(tiny):
     result = tiny().segment(torch.rand(1, 9, 9, 1, generator=torch.Generator().manual_seed(0)), points=[[4, 4, 0]])
     assert result.labels.shape == (9, 9, 1) and result.labels[4, 4, 0] == 1
+
+
+@pytest.mark.parametrize("prompt", [{"points": [[9, 12, 0]]}, {"box": [3, 6, 0, 15, 18, 0]}])
+def test_the_only_slice_of_a_volume_has_candidates_as_an_image_has(tiny_backbone, prompt):
+    slice_ = ball()[:, :, 14].astype(np.float32) + np.random.default_rng(0).normal(0, 0.1, SHAPE[:2]).astype(np.float32)
+    inferer = AttentionSegmentationInferer(tiny_backbone, resolution=64)
+    flat = {k: [[v[0][1], v[0][0]]] if k == "points" else [v[1], v[0], v[4], v[3]] for k, v in prompt.items()}
+    for candidate in (1, 2, 3):
+        whole = inferer.segment(slice_[None, :, :, None], **prompt, candidate=candidate)
+        image = inferer.segment(slice_[None], **flat, candidate=candidate)
+        np.testing.assert_array_equal(whole.labels[..., 0], image.labels)
+        assert (
+            whole.details["candidate"] == candidate and whole.details["estimated_iou"] == image.details["estimated_iou"]
+        )
+    rules = inferer.replace(refiner="rules").segment(slice_[None, :, :, None], **prompt, candidate=2)
+    assert any("candidate is ignored" in note for note in rules.notes)
+
+
+def test_rules_obey_strokes_in_slices_that_were_not_clicked():
+    class Stroked(Threshold):
+        def predict(self, encoded, select=None, scribbles=None, **prompt):
+            return super().predict(encoded, select, **prompt)
+
+    strokes = np.zeros(SHAPE, np.uint8)
+    strokes[8:11, 11:14, 16] = 2
+    result = Stroked().segment(ball()[None].astype(np.float32), points=[[9, 12, 14]], scribbles=strokes)
+    assert result.labels[9, 12, 15] == 1 and result.labels[9, 16, 16] == 1
+    assert not result.labels[strokes == 2].any()

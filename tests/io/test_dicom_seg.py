@@ -128,3 +128,11 @@ def test_labels_that_do_not_fit(tmp_path):
 def test_an_image_made_by_hand_is_not_dicom(tmp_path):
     with pytest.raises(ZeroSegError, match="not DICOM"):
         write_dicom_seg(Image(gray()[None].astype(np.float32)), gray(), tmp_path / "seg.dcm")
+
+
+def test_a_segment_has_its_name_in_any_letters(tmp_path):
+    image = read(bundled("CT_small.dcm"))
+    labels = np.zeros(image.shape, np.uint8)
+    labels[40:60, 40:60] = 1
+    path = write_dicom_seg(image, labels, tmp_path / "seg.dcm", label_names={1: "\u809d\u81d3 é"})
+    assert pydicom.dcmread(path).SegmentSequence[0].SegmentLabel == "\u809d\u81d3 é"

@@ -9,6 +9,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import skimage
+import tifffile
 from PIL import Image as PILImage
 
 from bad_inputs import BAD, OBLIQUE, bundled, color, ct_series, dicom, gray, write_bad, write_nifti, write_odd
@@ -336,3 +337,15 @@ def test_rows_of_a_picture_run_to_the_back_and_columns_to_the_left():
     affine = slice_affine((0.5, 2.0))
     assert nib.aff2axcodes(affine) == ("P", "L", "S")
     np.testing.assert_array_equal(nib.affines.voxel_sizes(affine), (0.5, 2, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_that_pillow_cannot_hold_are_turned_upright_as_well(tmp_path, orientation):
+    small, wide = tmp_path / "small.tif", tmp_path / "wide.tif"
+    pixels = color(6, 9)
+    for path, values in ((small, pixels), (wide, pixels.astype(np.uint16) * 257)):
+        tag = (274, "H", 1, orientation, True)
+        tifffile.imwrite(path, values, photometric="rgb", extratags=[tag])
+    expected, found = (read_image(find_cases(path)[0]) for path in (small, wide))
+    np.testing.assert_array_equal(found.array, expected.array * 257)
+    assert found.notes == expected.notes and bool(found.notes) == (orientation > 1)

@@ -203,7 +203,12 @@ class AttentionSegmentationInferer(Inferer):
             encoded.size, select or self.select, points, labels, box, text, scribbles, mask, candidate
         )
         answer = {"segments": self._segments, "points": self._points, "text": self._text}.get(prompts.rule, self._frame)
-        return answer(encoded, prompts, dict(encoded.seconds))
+        result = answer(encoded, prompts, dict(encoded.seconds))
+        shown = prompts.rule in ("points", "box")
+        if prompts.candidate is not None and not (shown and self.refiner == "head"):
+            one = "refiner rules" if shown else f"select {prompts.rule}"
+            result.notes.append(f"{one} has one answer: candidate is ignored")
+        return result
 
     def proposals(self, encoded: EncodedImage) -> tuple[Tensor, list[float]]:
         """(K, N) merged object proposals of an encoded image and the thresholds taken; computed once and kept with it."""
@@ -296,8 +301,6 @@ class AttentionSegmentationInferer(Inferer):
             result.labels[prompts.scribbles == 1], result.labels[prompts.scribbles == 2] = 1, 0
         for (x, y), kind in zip(prompts.points, prompts.labels, strict=True):
             result.labels[int(y + 0.5), int(x + 0.5)] = kind
-        if prompts.candidate is not None and self.refiner == "rules":
-            result.notes.append("refiner rules has one answer: candidate is ignored")
         if contradicts(prompts):
             result.notes.append("a pixel was marked both as object and as background: the later mark stands")
         return result
