@@ -35,3 +35,15 @@ class Segmentation:
     name: str | None = None
     reason: str | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def scores_of(labels: np.ndarray, confidence: np.ndarray) -> list[float]:
+    """Mean confidence of every label 1..K, 0 where it has no pixel.
+
+    Args:
+        labels: of any shape, uint8.
+        confidence: float of the same shape.
+    """
+    areas = np.bincount(labels.ravel())
+    sums = np.bincount(labels.ravel(), confidence.ravel())
+    return (sums / np.maximum(areas, 1))[1:].tolist()

@@ -35,7 +35,7 @@ from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
 from zeroseg.interaction.volume import segment_volume
 from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
 from zeroseg.interaction.word_head import WordProbe
-from zeroseg.segmentation import Segmentation
+from zeroseg.segmentation import Segmentation, scores_of
 from zeroseg.timing import timed
 
 SALIENCE = 2.0
@@ -398,12 +398,8 @@ class AttentionSegmentationInferer(Inferer):
             full = torch.from_numpy(np.stack([labels.astype(np.float32), confidence]))[:, None]
             labels = F.interpolate(full[:1], encoded.size, mode="nearest-exact")[0, 0].numpy().astype(np.uint8)
             confidence = F.interpolate(full[1:], encoded.size, mode="bilinear")[0, 0].numpy()
-        # A noun that names nothing has a label without a pixel.
-        scores = [
-            float(confidence[labels == k].mean()) if (labels == k).any() else 0.0
-            for k in range(1, int(labels.max()) + 1)
-        ]
         confidence = confidence.astype(np.float32)
+        scores = scores_of(labels, confidence)
         return Segmentation(labels, confidence, scores, prompts.rule, False, seconds, details, prompts.text)
 
     @staticmethod

@@ -13,7 +13,7 @@ from zeroseg.attention.linking import link_slices
 from zeroseg.attention.prepare import prepare
 from zeroseg.interaction.prompts import Prompts
 from zeroseg.regions import innermost
-from zeroseg.segmentation import Segmentation
+from zeroseg.segmentation import Segmentation, scores_of
 
 FOLLOW_DICE = 0.4
 """A followed object has ended where its mask overlaps the slice before by less than this Dice."""
@@ -222,8 +222,6 @@ class _Walk:
     ) -> Segmentation:
         labels = np.ascontiguousarray(np.moveaxis(self.labels, 0, self.axis))
         confidence = np.ascontiguousarray(np.moveaxis(self.confidence, 0, self.axis))
-        scores = [
-            float(confidence[labels == k].mean()) if (labels == k).any() else 0.0
-            for k in range(1, int(labels.max()) + 1)
-        ]
-        return Segmentation(labels, confidence, scores, rule, absent, self.seconds, details, name, reason)
+        return Segmentation(
+            labels, confidence, scores_of(labels, confidence), rule, absent, self.seconds, details, name, reason
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
 from zeroseg.learning.head import Prediction
-from zeroseg.segmentation import Segmentation
+from zeroseg.segmentation import Segmentation, scores_of
 from zeroseg.timing import timed
 
 
@@ -64,9 +64,6 @@ class LearnedInferer:
         with timed(seconds, "predict"):
             found = self.labeller.predict(image)
         certainty = found.certainty
-        scores = [
-            float(certainty[found.label_map == k].mean()) if (found.label_map == k).any() else 0.0
-            for k in range(1, int(found.label_map.max()) + 1)
-        ]
+        scores = scores_of(found.label_map, certainty)
         details = {"labels": dict(self.labeller.labels), "expected_dice": round(found.confidence, 4)}
         return Segmentation(found.label_map, certainty, scores, self.rule, seconds=seconds, details=details)
