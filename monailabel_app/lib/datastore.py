@@ -25,7 +25,7 @@ from pydicom.dataset import Dataset
 from lib import rtstruct
 from lib.mends import dicom_seg, fetching
 from lib.mends.errors import Refused, is_name
-from lib.sources import CONVERTED, stamp
+from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import atomic_path, find_cases, read_image, staged
 from zeroseg.io.limits import leaves
@@ -184,6 +184,7 @@ class StudyDatastore(DICOMWebDatastore):
         # DICOM SEG -> the series it refers to.
         self._labelled: tuple[float, dict[str, str | None]] = (float("-inf"), {})
         super().__init__(client=client, search_filter=search_filter, **rest)
+        (Path(self._datastore_path) / FETCHED).touch()
 
     def list_images(self) -> list[str]:
         """Series instance UIDs that match the filter."""

@@ -230,6 +230,15 @@ def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path)
     np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
 
 
+def test_a_folder_beside_a_file_is_not_taken_for_its_source(tmp_path):
+    nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "scan.nii.gz")
+    write_series(tmp_path / "scan" / "other", phantom())
+    (tmp_path / "scan" / "notes.txt").write_text("no image")
+    store = FolderDatastore(str(tmp_path), auto_reload=False)
+    path = store.get_image_uri("scan")
+    assert source_of(Path(path)) == Path(path) == tmp_path / "scan.nii.gz"
+
+
 def test_a_single_slice_that_is_uploaded_is_no_image(tmp_path):
     """3D Slicer sends one beside a volume, where "Include DICOM files" is chosen."""
     write_series(tmp_path / "series", phantom())
