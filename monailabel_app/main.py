@@ -252,6 +252,8 @@ class ZeroSegApp(MONAILabelApp):
         files.install()
         archives.install()
         errors.install(app.middleware_stack)
+        if self.sessions() is not None:
+            errors.hide(self.sessions().store_path)
         self.off_loop = OffLoop(ConfidenceOutput(app.middleware_stack))
         app.middleware_stack = errors.RefusingPaths(self.off_loop)
 

@@ -24,7 +24,7 @@ from pydicom.dataset import Dataset
 
 from lib import rtstruct
 from lib.mends import dicom_seg, fetching
-from lib.mends.errors import Refused, is_name
+from lib.mends.errors import Refused, hide, is_name
 from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import atomic_path, find_cases, read_image, staged
@@ -67,6 +67,7 @@ class FolderDatastore(LocalDatastore):
 
     def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
         self._converting = threading.Lock()
+        hide(folder)
         super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
 
     def _list_files(self, path, patterns):
@@ -185,6 +186,7 @@ class StudyDatastore(DICOMWebDatastore):
         self._labelled: tuple[float, dict[str, str | None]] = (float("-inf"), {})
         super().__init__(client=client, search_filter=search_filter, **rest)
         (Path(self._datastore_path) / FETCHED).touch()
+        hide(self._datastore_path)
 
     def list_images(self) -> list[str]:
         """Series instance UIDs that match the filter."""

@@ -25,7 +25,7 @@ from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write
 from lib.infers.tumor import Tumor
 from lib.memory import ByteLimitedCache, bytes_of
-from lib.mends import dicom_seg, errors
+from lib.mends import dicom_seg, errors, limits
 from lib.sources import source_of
 from phantom_studies import OBJECT, SHAPE, phantom, write_series
 from zeroseg.attention import Segmentation
@@ -214,6 +214,48 @@ def test_queries_and_paths_are_searched_for_paths():
 def test_every_failure_has_a_status_and_a_reason(error, status):
     got, detail = errors.status_and_detail(error)
     assert got == status and len(str(detail)) > 2
+
+
+def test_a_failure_names_no_folder_of_the_server(tmp_path):
+    folder = tmp_path / "the studies"
+    write_series(folder / "series", phantom())
+    first, *others = sorted((folder / "series").iterdir())
+    first.write_bytes(first.read_bytes()[:1000])
+    for path in others:
+        path.unlink()
+    store = FolderDatastore(str(folder), auto_reload=False)
+    with pytest.raises(ZeroSegError) as error:
+        store.get_image_uri("series")
+    assert str(folder) in str(error.value)
+    status, detail = errors.status_and_detail(error.value)
+    assert status == 422 and detail.startswith("series") and str(tmp_path) not in detail
+    # A folder whose name begins like the studies' is none of theirs.
+    told = ZeroSegError(f"cannot write a.png into the folder {folder} (full), nor b.png of {folder}2")
+    assert errors.status_and_detail(told)[1].startswith("cannot write a.png into the folder the studies (full), nor ")
+
+
+@pytest.mark.parametrize(
+    ("server", "host", "known", "told"),
+    [
+        ("127.0.0.1", "localhost:8000", "", False),
+        ("127.0.0.1", "evil.example:8000", "", True),
+        ("127.0.0.1", "10.0.0.5:8000", "", True),
+        ("10.0.0.5", "evil.example:8000", "", True),
+        ("10.0.0.5", "evil.example:8000", "seg.example.org", True),
+        ("10.0.0.5", "10.0.0.5:8000", "seg.example.org", True),
+        ("10.0.0.5", "10.0.0.5:8000", "", False),
+        ("::1", "[::1]:8000", "", False),
+        ("fd00::5", "[fd00::5]:8000", "", False),
+        # As nginx of compose.yaml passes them on, and as its health check asks.
+        ("172.18.0.3", "seg.example.org", "seg.example.org", False),
+        ("172.18.0.3", "localhost:8443", "localhost", False),
+        ("127.0.0.1", "127.0.0.1:8000", "localhost", False),
+    ],
+)
+def test_a_server_answers_to_its_names(monkeypatch, server, host, known, told):
+    monkeypatch.setenv("ZEROSEG_ALLOWED_HOSTS", known)
+    for origin in (None, f"http://{host}"):
+        assert (limits.foreign(server, host, origin) is not None) is told
 
 
 def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path):
