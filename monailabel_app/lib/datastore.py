@@ -71,7 +71,8 @@ class FolderDatastore(LocalDatastore):
         super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
 
     def _list_files(self, path, patterns):
-        found = super()._list_files(path, patterns)
+        suffixes = tuple(pattern.removeprefix("*") for pattern in patterns)
+        found = {name: name for name in os.listdir(path) if name.lower().endswith(suffixes)}
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
             folders = [
                 p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "labels"
@@ -141,7 +142,9 @@ class FolderDatastore(LocalDatastore):
     def _to_id(self, file):
         if os.path.isdir(os.path.join(self._datastore.image_path(), file)):
             return file, ""
-        return super()._to_id(file)
+        # MONAI Label knows extensions in small letters only.
+        end = len(file) - len(super()._to_id(file.lower())[1])
+        return file[:end], file[end:]
 
 
 def write_twin(folder: Path, twin: Path) -> None:

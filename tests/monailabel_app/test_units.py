@@ -12,6 +12,7 @@ import pydicom
 import pytest
 import torch
 from fastapi import HTTPException
+from PIL import Image
 from scipy import ndimage
 
 pytest.importorskip("monailabel")
@@ -270,6 +271,20 @@ def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path)
     nifti = nib.load(twin)
     np.testing.assert_allclose(nifti.affine, image.affine, atol=1e-4)
     np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
+
+
+def test_extensions_are_known_in_capital_letters_too(tmp_path):
+    for name in ("a.PNG", "b.png", "c.TIF", "d.tif"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "e.nii.gz")
+    (tmp_path / "e.nii.gz").rename(tmp_path / "E.NII.GZ")
+    store = FolderDatastore(str(tmp_path), auto_reload=False)
+    assert sorted(store.list_images()) == ["E", "a", "b", "c", "d"]
+    for image in store.list_images():
+        assert Path(store.get_image_uri(image)).is_file()
+    assert len(find_cases(tmp_path)) == 5
+    store.add_image("f", str(tmp_path / "a.PNG"), {})
+    assert Path(store.get_image_uri("f")).name == "f.PNG"
 
 
 def test_a_folder_beside_a_file_is_not_taken_for_its_source(tmp_path):
