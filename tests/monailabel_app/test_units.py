@@ -137,6 +137,23 @@ def test_clicks_are_answered_when_the_attention_had_to_go(tiny_backbone, disc, m
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("axis", [0, 2])
+def test_one_slice_of_a_volume_is_segmented_by_itself(tiny_backbone, tmp_path, axis):
+    engine = Engine(tiny_backbone, slice_axis=axis)
+    entry = engine.open(str(volume_file(tmp_path, "scan")))
+    found = engine.segment(entry, "segments", only_slice=9)
+    assert found.labels.shape == found.confidence.shape == (24, 24, 24)
+    assert set(np.argwhere(found.labels)[:, axis]) == {9}
+    alone = engine.inferer.segment(entry.prepared.narrow(axis + 1, 9, 1), "segments", prepared=True)
+    np.testing.assert_array_equal(found.labels.take([9], axis), alone.labels)
+    np.testing.assert_array_equal(found.confidence.take([9], axis), alone.confidence)
+    assert (np.delete(found.confidence, 9, axis) == 1).all()
+    head = SimpleNamespace(of_volumes=True)
+    for ask in (lambda: engine.segment(entry, "segments", only_slice=24), lambda: engine.learned(entry, head, 24)):
+        with pytest.raises(ZeroSegError, match=r"slice 24 lies outside the volume: 0\.\.23"):
+            ask()
+
+
 def volume_file(folder: Path, name: str, scale: float = 1, spacing: float = 3) -> Path:
     """A smooth random volume, 24 voxels a side."""
     values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((24, 24, 24)), 2)
