@@ -22,6 +22,7 @@ from lib.mends import archives, authentication, background, dicom_seg, errors, f
 from lib.mends.batch import CarefulBatch
 from lib.mends.confidence import ConfidenceOutput
 from lib.mends.errors import NotFound, Refused
+from lib.mends.limits import upload_limit
 from lib.mends.responsive import OffLoop
 from lib.scoring.learned import LearnedScore
 from lib.strategies.measured import Diverse, Uncertain
@@ -54,11 +55,14 @@ class ZeroSegApp(MONAILabelApp):
 
     Raises:
         Refused: there is no such strategy.
+        ZeroSegError: the environment sets a limit that is none.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]):
         # Here, because a batch runs in a process of its own, which serves nothing.
         dicom_seg.install()
+        # Else every request would fail.
+        upload_limit()
         if conf.get("threads"):
             torch.set_num_threads(int(conf["threads"]))
         backbone = StableDiffusionBackbone(
@@ -252,6 +256,8 @@ class ZeroSegApp(MONAILabelApp):
         files.install()
         archives.install()
         errors.install(app.middleware_stack)
+        if self.sessions() is not None:
+            errors.hide(self.sessions().store_path)
         self.off_loop = OffLoop(ConfidenceOutput(app.middleware_stack))
         app.middleware_stack = errors.RefusingPaths(self.off_loop)
 

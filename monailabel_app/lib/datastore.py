@@ -12,21 +12,22 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import LocalDatastore
-from monailabel.datastore.utils.convert import binary_to_image
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
+from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
 from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from lib import rtstruct
-from lib.mends import dicom_seg
-from lib.mends.errors import NotFound, Refused, is_name
-from lib.sources import CONVERTED, stamp
+from lib.mends import dicom_seg, fetching
+from lib.mends.errors import Refused, hide, is_name
+from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import atomic_path, find_cases, read_image
+from zeroseg.io import atomic_path, find_cases, read_image, staged
 from zeroseg.io.limits import leaves
 from zeroseg.io.sniffing import sniff
 
@@ -66,10 +67,12 @@ class FolderDatastore(LocalDatastore):
 
     def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
         self._converting = threading.Lock()
+        hide(folder)
         super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
 
     def _list_files(self, path, patterns):
-        found = super()._list_files(path, patterns)
+        suffixes = tuple(pattern.removeprefix("*") for pattern in patterns)
+        found = {name: name for name in os.listdir(path) if name.lower().endswith(suffixes)}
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
             folders = [
                 p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "labels"
@@ -139,7 +142,9 @@ class FolderDatastore(LocalDatastore):
     def _to_id(self, file):
         if os.path.isdir(os.path.join(self._datastore.image_path(), file)):
             return file, ""
-        return super()._to_id(file)
+        # MONAI Label knows extensions in small letters only.
+        end = len(file) - len(super()._to_id(file.lower())[1])
+        return file[:end], file[end:]
 
 
 def write_twin(folder: Path, twin: Path) -> None:
@@ -178,11 +183,13 @@ class StudyDatastore(DICOMWebDatastore):
     """
 
     def __init__(self, client, search_filter: dict[str, Any], **rest: Any):
-        self._fetching = threading.Lock()
+        fetching.install()
         self._listed: tuple[float, list[str]] = (float("-inf"), [])
         # DICOM SEG -> the series it refers to.
         self._labelled: tuple[float, dict[str, str | None]] = (float("-inf"), {})
         super().__init__(client=client, search_filter=search_filter, **rest)
+        (Path(self._datastore_path) / FETCHED).touch()
+        hide(self._datastore_path)
 
     def list_images(self) -> list[str]:
         """Series instance UIDs that match the filter."""
@@ -223,14 +230,42 @@ class StudyDatastore(DICOMWebDatastore):
             NotFound: the server has no such series.
             ZeroSegError: the series cannot be converted.
         """
-        with self._fetching:  # a second request must not see a series that is still being written
-            try:
-                return super().get_image_uri(image_id)
-            except IndexError as error:
-                raise NotFound(f"there is no series {image_id!r} on the DICOM server") from error
-            except RuntimeError as error:  # of ITK, whose last line names the cause
-                cause = str(error).strip().splitlines()[-1]
-                raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error
+        folder = Path(self._datastore.image_path()).resolve() / image_id
+        nifti = folder.with_name(f"{image_id}.nii.gz")
+        if not (fetching.is_whole(folder) and nifti.is_file()):
+            with fetching.alone(folder.parent):
+                if not fetching.is_whole(folder):
+                    fetching.fetch(image_id, folder, self._client, self._fetch_by_frame)
+                if not nifti.is_file():
+                    self._convert(image_id, folder, nifti)
+        return str(nifti)
+
+    def _convert(self, image_id: str, folder: Path, nifti: Path) -> None:
+        try:
+            made = dicom_to_nifti(str(folder))
+        except RuntimeError as error:  # of ITK, whose last line names the cause
+            cause = str(error).strip().splitlines()[-1]
+            raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error
+        info = {"ts": int(time.time()), "name": nifti.name, **self._dicom_info(image_id)}
+        # Not by add_image, which copies into the place itself: others would see half a file.
+        with staged(nifti.parent) as stage:
+            shutil.move(made, stage / nifti.name)
+        with FileLock(self._lock_file):
+            self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=".nii.gz"))
+            self._update_datastore_file(lock=False)
+
+    def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
+        """As MONAI Label's, which fetches a final label.
+
+        Raises:
+            NotFound: the server has no such series.
+        """
+        if label_tag == DefaultLabelTag.FINAL:
+            folder = Path(self._datastore.label_path(label_tag)).resolve() / label_id
+            with fetching.alone(folder.parent):
+                if not fetching.is_whole(folder):
+                    fetching.fetch(label_id, folder, self._client, self._fetch_by_frame)
+        return super().get_label_uri(label_id, label_tag, image_id)
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""

@@ -65,16 +65,10 @@ class Engine:
         if only_slice is None or not entry.image.is_volume:
             return inferer.segment(entry.prepared, select, prepared=True, affine=entry.image.affine, **prompt)
         axis = inferer.slice_axis % 3
-        count = entry.image.shape[axis]
-        if not 0 <= only_slice < count:
-            raise ZeroSegError(f"slice {only_slice} lies outside the volume: 0..{count - 1}")
-        window = [slice(None)] * 3
-        window[axis] = slice(only_slice, only_slice + 1)
-        part = entry.prepared[(slice(None), *window)]
+        at, labels, confidence = _only(entry.image.shape, axis, only_slice)
+        part = entry.prepared.narrow(axis + 1, only_slice, 1)
         result = inferer.segment(part, select, prepared=True, **_shifted(prompt, axis, only_slice))
-        labels = np.zeros(entry.image.shape, np.uint8)
-        confidence = np.ones(entry.image.shape, np.float32)
-        labels[tuple(window)], confidence[tuple(window)] = result.labels, result.confidence
+        labels[at], confidence[at] = result.labels.squeeze(axis), result.confidence.squeeze(axis)
         result.labels, result.confidence = labels, confidence
         return result
 
@@ -95,12 +89,7 @@ class Engine:
             labels, confidence = found.label_map, found.certainty
         else:
             axis = self.inferer.slice_axis % 3
-            count = entry.image.shape[axis]
-            if not 0 <= only_slice < count:
-                raise ZeroSegError(f"slice {only_slice} lies outside the volume: 0..{count - 1}")
-            labels = np.zeros(entry.image.shape, np.uint8)
-            confidence = np.ones(entry.image.shape, np.float32)
-            at = (slice(None),) * axis + (only_slice,)
+            at, labels, confidence = _only(entry.image.shape, axis, only_slice)
             if head.of_volumes:
                 found = head.predict(entry.unprepared)
                 labels[at], confidence[at] = found.label_map[at], found.certainty[at]
@@ -128,6 +117,17 @@ class Engine:
         read = read_prepared(self.inferer, part)
         blocks = read.features.float().mean((1, 2)).split(read.blocks)
         return torch.cat([F.normalize(block, dim=0) for block in blocks]).numpy()
+
+
+def _only(shape: tuple[int, ...], axis: int, number: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+    """The index of one slice of a volume, and labels and confidence of the volume while nothing is found.
+
+    Raises:
+        ZeroSegError: there is no such slice.
+    """
+    if not 0 <= number < shape[axis]:
+        raise ZeroSegError(f"slice {number} lies outside the volume: 0..{shape[axis] - 1}")
+    return (slice(None),) * axis + (number,), np.zeros(shape, np.uint8), np.ones(shape, np.float32)
 
 
 def _shifted(prompt: dict, axis: int, at: int) -> dict:

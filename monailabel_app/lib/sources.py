@@ -14,6 +14,8 @@ from zeroseg.io import Image, find_cases, read_image, to_unit_range
 
 CONVERTED = ".converted"
 """Folder in a folder of studies that holds DICOM series as NIfTI, for viewers that download an image."""
+FETCHED = ".fetched"
+"""File that marks the folder of series fetched from a DICOMweb server."""
 
 
 @dataclass
@@ -38,12 +40,15 @@ def source_of(path: Path) -> Path:
     """What to read for a datastore's path: the DICOM files a NIfTI file was converted from, where they are kept.
 
     They know the modality and the slices they are, which the NIfTI file does not. MONAI Label keeps ``<uid>.nii.gz`` beside
-    the folder ``<uid>/`` of a DICOMweb series, and ``FolderDatastore`` keeps its conversions in a folder of their own.
+    the folder ``<uid>/`` of a DICOMweb series, and ``FolderDatastore`` keeps its conversions in a folder of their own. Any other
+    folder beside a file may hold anything.
     """
     if not path.name.endswith(".nii.gz"):
         return path
-    parent = path.parent.parent if path.parent.name == CONVERTED else path.parent
-    folder = parent / path.name.removesuffix(".nii.gz")
+    converted = path.parent.name == CONVERTED
+    if not converted and not (path.parent / FETCHED).exists():
+        return path
+    folder = (path.parent.parent if converted else path.parent) / path.name.removesuffix(".nii.gz")
     return folder if folder.is_dir() and any(folder.iterdir()) else path
 
 

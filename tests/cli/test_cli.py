@@ -16,6 +16,7 @@ from bad_inputs import color
 from zeroseg.cli import main
 from zeroseg.cli.main import COMMANDS, build_parser
 from zeroseg.cli.parser import hyphens
+from zeroseg.cli.serve import bound
 
 HEAVY = {"torch", "monai", "numpy", "ray", "monailabel", "PIL", "scipy"}
 
@@ -146,6 +147,14 @@ def test_a_tumour_by_words(tiny_tumor_model, picture, tmp_path):
         (["tumor", "{picture}", "--output-dir", "{out}", "--unet", "nowhere.pt"], "autoencoder"),
         (["serve", "--studies", "nowhere"], "neither a folder nor a URL"),
         (["serve", "--app", "nowhere"], "there is no app in"),
+        (["serve", "--port", "99999"], "'99999' is no whole number from 0 to 65535"),
+        (["serve", "--threads", "-3"], "'-3' is no whole number from 1 to 1024"),
+        (["serve", "--cache-mb", "-1"], "'-1' is no whole number of at least 0"),
+        # An address for documentation, of no machine.
+        (
+            ["serve", "--host", "203.0.113.5", "--studies", "{picture.parent}"],
+            "cannot listen on port 8000 of 203.0.113.5 (",
+        ),
         (["evaluate", "--images", "x", "--out", "{out}"], "give either --images with --masks, or --suite"),
         (["evaluate", "--suite", "nowhere", "--out", "{out}", "--protocol", "guess"], "unknown protocol 'guess'"),
     ],
@@ -154,6 +163,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(picture, tmp_path, capsys, argv, 
     out = tmp_path / "out"
     assert message in refused(capsys, *(word.format(picture=picture, out=out) for word in argv))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_server_is_started_where_its_port_is_free(picture, capfd, monkeypatch, host):
+    pytest.importorskip("monailabel")
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr(os, "chdir", lambda folder: None)
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", "{}")
+    given = ["serve", "--studies", picture.parent, "--host", host]
+    try:
+        taken = bound(host, 0)
+    except OSError:
+        pytest.skip(f"this machine has no address {host}")
+    with taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} of {host} is taken" in refused(capfd, *given, "--port", port)
+        monkeypatch.setenv("ZEROSEG_MAX_UPLOAD_MB", "4G")
+        assert "ZEROSEG_MAX_UPLOAD_MB must be a positive whole number" in refused(capfd, *given, "--port", 0)
+        assert not started
+        monkeypatch.delenv("ZEROSEG_MAX_UPLOAD_MB")
+        main([*map(str, given), "--port", "0"])
+    (command,) = started
+    chosen = command[command.index("--port") + 1]
+    assert (
+        int(chosen) not in (0, port)
+        and f"http://{host if host[0] != ':' else '[::1]'}:{chosen}" in capfd.readouterr().out
+    )
 
 
 def test_clicks_are_for_one_image(picture, tiny, tmp_path, capsys):

@@ -30,7 +30,7 @@ MENDS = Path(__file__).resolve().parents[2] / "monailabel_app" / "lib" / "mends"
 
 def test_every_mend_has_its_test_and_names_it():
     mends = [path for path in MENDS.glob("*.py") if path.stem != "__init__"]
-    assert len(mends) == 11
+    assert len(mends) == 12
     for path in mends:
         first = path.read_text().splitlines()[0]
         assert "MONAI Label" in first and f"until test_mends.py::test_{path.stem}." in first, path.name
@@ -123,6 +123,23 @@ def test_errors(tmp_path):
     store = LocalDatastore(str(tmp_path / "studies"), extensions=["*.nii.gz"], auto_reload=False)
     store.add_image("../outside", str(tmp_path / "image.nii.gz"), {})
     assert (tmp_path / "outside.nii.gz").is_file()
+
+
+def test_fetching(tmp_path):
+    """What it fetched before it broke off lies where a whole series would."""
+    from monailabel.datastore.utils.dicom import dicom_web_download_series
+    from pydicom.dataset import Dataset
+
+    class Client:
+        def retrieve_series(self, study, series):
+            yield one
+            raise OSError("the disk is full")
+
+    one = Dataset()
+    one.SOPInstanceUID, one.is_little_endian, one.is_implicit_VR = "1.2.3", True, True
+    with pytest.raises(OSError, match="full"):
+        dicom_web_download_series("1", "1.2", str(tmp_path / "1.2"), Client())
+    assert os.listdir(tmp_path / "1.2") == ["1.2.3.dcm"]
 
 
 def test_files(monkeypatch, tmp_path):

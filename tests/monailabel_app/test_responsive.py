@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("monailabel")
 
 
-from lib.mends.responsive import OffLoop, stop_if_abandoned
+from lib.mends.responsive import OffLoop, _is_job, stop_if_abandoned
 
 # Seconds until a test that hangs says so; no machine is that slow.
 PATIENCE = 60
@@ -119,6 +119,25 @@ def test_jobs_wait_for_each_other_and_those_of_clients_that_left_never_run():
 
     asyncio.run(story())
     assert inner.started == ["first", "last"]
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "job"),
+    [
+        ("/train/learned", "", False),
+        ("/train/learned", "run_sync=true", True),
+        ("/train/learned", "a=b&run_sync=1", True),
+        ("/scoring/learned", "run_sync=yes", True),
+        ("/batch/infer/segments", "run_sync=On", True),
+        ("/batch/infer/segments", "run_sync=off", False),
+        ("/batch/infer/segments", "run_sync=perhaps", False),
+        ("/batch/infer/segments", "run_sync=yes&run_sync=no", False),
+        ("/datastore/", "run_sync=true", False),
+        ("/infer/points", "", True),
+    ],
+)
+def test_what_runs_a_model_in_this_process_is_a_job(path, query, job):
+    assert _is_job({"path": path, "query_string": query.encode()}) is job
 
 
 def test_what_runs_and_what_waits_can_be_asked():

@@ -12,6 +12,7 @@ import pydicom
 import pytest
 import torch
 from fastapi import HTTPException
+from PIL import Image
 from scipy import ndimage
 
 pytest.importorskip("monailabel")
@@ -25,7 +26,7 @@ from lib.engine import Engine
 from lib.infers.base import keep_largest, pick, write
 from lib.infers.tumor import Tumor
 from lib.memory import ByteLimitedCache, bytes_of
-from lib.mends import dicom_seg, errors
+from lib.mends import dicom_seg, errors, limits
 from lib.sources import source_of
 from phantom_studies import OBJECT, SHAPE, phantom, write_series
 from zeroseg.attention import Segmentation
@@ -168,6 +169,23 @@ def test_clicks_are_answered_when_the_attention_had_to_go(tiny_backbone, disc, m
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("axis", [0, 2])
+def test_one_slice_of_a_volume_is_segmented_by_itself(tiny_backbone, tmp_path, axis):
+    engine = Engine(tiny_backbone, slice_axis=axis)
+    entry = engine.open(str(volume_file(tmp_path, "scan")))
+    found = engine.segment(entry, "segments", only_slice=9)
+    assert found.labels.shape == found.confidence.shape == (24, 24, 24)
+    assert set(np.argwhere(found.labels)[:, axis]) == {9}
+    alone = engine.inferer.segment(entry.prepared.narrow(axis + 1, 9, 1), "segments", prepared=True)
+    np.testing.assert_array_equal(found.labels.take([9], axis), alone.labels)
+    np.testing.assert_array_equal(found.confidence.take([9], axis), alone.confidence)
+    assert (np.delete(found.confidence, 9, axis) == 1).all()
+    head = SimpleNamespace(of_volumes=True)
+    for ask in (lambda: engine.segment(entry, "segments", only_slice=24), lambda: engine.learned(entry, head, 24)):
+        with pytest.raises(ZeroSegError, match=r"slice 24 lies outside the volume: 0\.\.23"):
+            ask()
+
+
 def volume_file(folder: Path, name: str, scale: float = 1, spacing: float = 3) -> Path:
     """A smooth random volume, 24 voxels a side."""
     values = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((24, 24, 24)), 2)
@@ -248,6 +266,48 @@ def test_every_failure_has_a_status_and_a_reason(error, status):
     assert got == status and len(str(detail)) > 2
 
 
+def test_a_failure_names_no_folder_of_the_server(tmp_path):
+    folder = tmp_path / "the studies"
+    write_series(folder / "series", phantom())
+    first, *others = sorted((folder / "series").iterdir())
+    first.write_bytes(first.read_bytes()[:1000])
+    for path in others:
+        path.unlink()
+    store = FolderDatastore(str(folder), auto_reload=False)
+    with pytest.raises(ZeroSegError) as error:
+        store.get_image_uri("series")
+    assert str(folder) in str(error.value)
+    status, detail = errors.status_and_detail(error.value)
+    assert status == 422 and detail.startswith("series") and str(tmp_path) not in detail
+    # A folder whose name begins like the studies' is none of theirs.
+    told = ZeroSegError(f"cannot write a.png into the folder {folder} (full), nor b.png of {folder}2")
+    assert errors.status_and_detail(told)[1].startswith("cannot write a.png into the folder the studies (full), nor ")
+
+
+@pytest.mark.parametrize(
+    ("server", "host", "known", "told"),
+    [
+        ("127.0.0.1", "localhost:8000", "", False),
+        ("127.0.0.1", "evil.example:8000", "", True),
+        ("127.0.0.1", "10.0.0.5:8000", "", True),
+        ("10.0.0.5", "evil.example:8000", "", True),
+        ("10.0.0.5", "evil.example:8000", "seg.example.org", True),
+        ("10.0.0.5", "10.0.0.5:8000", "seg.example.org", True),
+        ("10.0.0.5", "10.0.0.5:8000", "", False),
+        ("::1", "[::1]:8000", "", False),
+        ("fd00::5", "[fd00::5]:8000", "", False),
+        # As nginx of compose.yaml passes them on, and as its health check asks.
+        ("172.18.0.3", "seg.example.org", "seg.example.org", False),
+        ("172.18.0.3", "localhost:8443", "localhost", False),
+        ("127.0.0.1", "127.0.0.1:8000", "localhost", False),
+    ],
+)
+def test_a_server_answers_to_its_names(monkeypatch, server, host, known, told):
+    monkeypatch.setenv("ZEROSEG_ALLOWED_HOSTS", known)
+    for origin in (None, f"http://{host}"):
+        assert (limits.foreign(server, host, origin) is not None) is told
+
+
 def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path):
     write_series(tmp_path / "ct series", phantom())
     (tmp_path / "notes").mkdir()
@@ -260,6 +320,29 @@ def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path)
     nifti = nib.load(twin)
     np.testing.assert_allclose(nifti.affine, image.affine, atol=1e-4)
     np.testing.assert_array_equal(nifti.get_fdata(), image.array[0])
+
+
+def test_extensions_are_known_in_capital_letters_too(tmp_path):
+    for name in ("a.PNG", "b.png", "c.TIF", "d.tif"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "e.nii.gz")
+    (tmp_path / "e.nii.gz").rename(tmp_path / "E.NII.GZ")
+    store = FolderDatastore(str(tmp_path), auto_reload=False)
+    assert sorted(store.list_images()) == ["E", "a", "b", "c", "d"]
+    for image in store.list_images():
+        assert Path(store.get_image_uri(image)).is_file()
+    assert len(find_cases(tmp_path)) == 5
+    store.add_image("f", str(tmp_path / "a.PNG"), {})
+    assert Path(store.get_image_uri("f")).name == "f.PNG"
+
+
+def test_a_folder_beside_a_file_is_not_taken_for_its_source(tmp_path):
+    nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "scan.nii.gz")
+    write_series(tmp_path / "scan" / "other", phantom())
+    (tmp_path / "scan" / "notes.txt").write_text("no image")
+    store = FolderDatastore(str(tmp_path), auto_reload=False)
+    path = store.get_image_uri("scan")
+    assert source_of(Path(path)) == Path(path) == tmp_path / "scan.nii.gz"
 
 
 def test_a_single_slice_that_is_uploaded_is_no_image(tmp_path):

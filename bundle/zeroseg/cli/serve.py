@@ -12,11 +12,13 @@ repository, are not in the package: make install sets up both.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,19 +33,19 @@ def add_arguments(parser: Parser) -> None:
         "--modalities", default="CT,MR,CR,DX,US", help="shown of a DICOMweb server (default %(default)s)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default 8000)")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="port; 0 takes a free one (default 8000)")
     parser.add_argument("--backbone", help="embedded (default), the folder of a Stable Diffusion pipeline, or a hub id")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--device", help="auto (default), cpu, cuda, cuda:0 or mps")
     parser.add_argument("--dtype", help="fp32 (default), bf16 or fp16 (GPU)")
     parser.add_argument(
         "--cache-mb",
-        type=int,
+        type=whole(0),
         help="memory for encoded slices, as much for images and for volumes of the tumour task (default 1024)",
     )
-    parser.add_argument("--threads", type=int, help="threads of an inference (default: torch's choice)")
+    parser.add_argument("--threads", type=whole(1, 1024), help="threads of an inference (default: torch's choice)")
     parser.add_argument(
-        "--resolution", type=int, help="side in pixels a slice is resized to (default: the backbone's own)"
+        "--resolution", type=whole(1), help="side in pixels a slice is resized to (default: the backbone's own)"
     )
     parser.add_argument(
         "--strategy",
@@ -61,10 +63,15 @@ def run(args: argparse.Namespace) -> int:
         args.studies = str(sample_studies(app.parent / "out" / "serve"))
     elif not remote and not Path(args.studies).is_dir():
         raise ZeroSegError(f"{args.studies} is neither a folder nor a URL: give one of them, --studies")
-    if not free(args.host, args.port):
-        raise ZeroSegError(f"port {args.port} of {args.host} is taken: choose another one, --port")
-    if args.port == 0:
-        args.port = free_port(args.host)
+    try:
+        with bound(args.host, args.port) as probe:
+            args.port = probe.getsockname()[1]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ZeroSegError(f"port {args.port} of {args.host} is taken: choose another one, --port") from error
+        where = f"port {args.port} of {args.host}"
+        raise ZeroSegError(f"cannot listen on {where} ({error.strerror}): give others, --host, --port") from error
+    check_limits()
     # MONAI Label lists CT only unless told otherwise; the app asks for a list of modalities one by one.
     os.environ.setdefault("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", json.dumps({"Modality": args.modalities.split(",")}))
 
@@ -99,7 +106,8 @@ def find_app(given: str | None) -> Path:
 
 
 def print_addresses(args: argparse.Namespace, remote: bool) -> None:
-    address = f"http://{args.host}:{args.port}"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{host}:{args.port}"
     print(f"ZeroSeg serves {args.studies}")
     print(f"  3D Slicer   MONAI Label module, server {address}")
     if remote:
@@ -120,17 +128,56 @@ def sample_studies(folder: Path) -> Path:
     return folder
 
 
-def free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
+def check_limits() -> None:
+    """Read the limits that the environment sets, which the server would read at every request.
+
+    Raises:
+        ZeroSegError: one is no positive whole number.
+    """
+    from zeroseg.io.limits import PIXELS_VARIABLE, VOXELS_VARIABLE, limit_of
+
+    for variable in ("ZEROSEG_MAX_UPLOAD_MB", VOXELS_VARIABLE, PIXELS_VARIABLE):
+        limit_of(variable, 1)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, IPv4 or IPv6, or a name of one; port 0 is a free one.
+
+    Raises:
+        OSError: there is no such address on this machine, or the port is taken.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    probe = socket.socket(family, kind, protocol)
+    try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+        probe.bind(address)
+    except OSError:
+        probe.close()
+        raise
+    return probe
+
+
+def free(host: str, port: int) -> bool:
+    try:
+        bound(host, port).close()
+    except OSError:
+        return False
     return True
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    with bound(host, 0) as probe:
         return probe.getsockname()[1]
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Reads a whole number in a range from a command line."""
+
+    def read(word: str) -> int:
+        value = int(word) if word.removeprefix("-").isdecimal() else None
+        if value is None or value < low or (high is not None and value > high):
+            span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{word[:40]!r} is no whole number {span}")
+        return value
+
+    return read

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import shutil
 import tarfile
+import tempfile
 from json import JSONDecodeError
 from typing import Any
 from urllib.parse import parse_qsl, unquote
@@ -35,6 +38,9 @@ _MISUNDERSTOOD = (
 )
 """Raised by MONAI Label's own code on requests of an unexpected form, the last two on numbers beyond all bounds and JSON nested without
 end; the app's own bugs arrive as InternalError."""
+
+_hidden: set[str] = {tempfile.gettempdir()}
+"""Folders of the server that no client has to know."""
 
 NAMES = ("image", "id", "label", "tag", "session_id", "model", "strategy", "method")
 """Query parameters that MONAI Label uses as names in its folders or tables."""
@@ -78,8 +84,27 @@ def check_names(path: str, query: str) -> None:
             raise Refused(f"{shown!r} is no valid name: names hold no folders")
 
 
+def hide(*folders: str | os.PathLike) -> None:
+    """Leave folders of the server out of what ``status_and_detail`` says."""
+    paths = (path for folder in folders for path in (os.path.abspath(folder), os.path.realpath(folder)))
+    _hidden.update(path for path in paths if os.path.basename(path))
+
+
+def _shown(text: str) -> str:
+    """A text without the folders to hide: files in them by their names there, themselves by theirs."""
+    for folder in sorted(_hidden, key=len, reverse=True):
+        name = os.path.basename(folder)
+        text = re.sub(rf"(?<!\w){re.escape(folder)}(/|(?!\w))", lambda found, name=name: "" if found[1] else name, text)
+    return text
+
+
 def status_and_detail(error: BaseException) -> tuple[int, Any]:
-    """HTTP status and text for an exception."""
+    """HTTP status and text for an exception; the text names no folder of the server."""
+    status, detail = _explained(error)
+    return status, _shown(detail) if isinstance(detail, str) else detail
+
+
+def _explained(error: BaseException) -> tuple[int, Any]:
     # MONAI Label answers 500 where the request was wrong, with a text that says so.
     if isinstance(error, HTTPException):
         return (422 if error.status_code == 500 else error.status_code), error.detail

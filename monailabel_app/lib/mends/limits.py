@@ -28,33 +28,38 @@ def allowed_hosts() -> set[str]:
     return {name.strip().lower() for name in os.environ.get(HOSTS_VARIABLE, "").split(",") if name.strip()}
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a name or address means this machine itself."""
+def is_address(host: str) -> bool:
+    """Whether a text is an IP address, not a name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine itself."""
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 
 def foreign(server: str, host: str, origin: str | None) -> str | None:
     """Why a request comes from a page that is none of this server's; None when it does not.
 
     A server that listens on this machine only is still within reach of every web page the user opens: the page asks the
-    browser to ask (cross-site requests), or gives its own name this machine's address (DNS rebinding).
+    browser to ask (cross-site requests), or gives its own name this machine's address (DNS rebinding). One that listens on other
+    addresses is within reach of the pages opened in its network.
 
     Args:
         server: the address the request arrived at.
         host: its ``Host`` header.
         origin: its ``Origin`` header, which browsers send with every request of one site to another.
     """
-    name = (urlsplit(f"//{host}").hostname or "").lower()
-    if is_loopback(server) and not is_loopback(name) and name not in allowed_hosts():
+    name, known = (urlsplit(f"//{host}").hostname or "").lower(), allowed_hosts()
+    # An address cannot be given to a page as its name, so it will do where no names are set.
+    unknown = name not in known and not is_loopback(name)
+    if unknown and (known or is_loopback(server) or not is_address(name)):
         return f"this server is not known as {name[:80]!r}: allow the name by the environment variable {HOSTS_VARIABLE}"
-    if (
-        origin is None
-        or urlsplit(origin).netloc.lower() == host.lower()
-        or urlsplit(origin).hostname in allowed_hosts()
-    ):
+    if origin is None or urlsplit(origin).netloc.lower() == host.lower() or urlsplit(origin).hostname in known:
         return None
     if origin.rstrip("/") in {str(given).rstrip("/") for given in settings.MONAI_LABEL_CORS_ORIGINS or ()}:
         return None

@@ -16,7 +16,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.responses import JSONResponse
 
 from lib.mends.files import of_one_request
@@ -160,10 +162,17 @@ def _on_loop(scope: Scope) -> bool:
 def _is_job(scope: Scope) -> bool:
     """Requests that run a model in this process: the strategies that look at images among them."""
     path = scope["path"]
-    synchronous = b"run_sync=true" in scope["query_string"].lower()
     return path.startswith(("/infer/", "/activelearning/")) or (
-        synchronous and path.startswith(("/batch/infer/", "/train/", "/scoring/"))
+        path.startswith(("/batch/infer/", "/train/", "/scoring/")) and _is_synchronous(scope["query_string"])
     )
+
+
+def _is_synchronous(query: bytes) -> bool:
+    """Whether ``run_sync`` is true, read as FastAPI does: by pydantic, the last where it is given twice."""
+    try:
+        return TypeAdapter(bool).validate_python(dict(parse_qsl(query.decode("latin-1"))).get("run_sync", "false"))
+    except ValidationError:
+        return False
 
 
 class TooLarge(Exception):

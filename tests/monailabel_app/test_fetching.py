@@ -1,0 +1,106 @@
+"""A series of a DICOMweb server is there whole or not at all; no server."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import pydicom
+import pytest
+
+pytest.importorskip("monailabel")
+
+from dicom_studies import Series, oblique, write
+from lib.datastore import StudyDatastore
+from lib.mends.errors import NotFound
+from lib.sources import read_source, source_of
+from phantom_studies import SHAPE, phantom
+
+HALF = SHAPE[2] // 2
+
+
+class Store:
+    """A DICOMweb client of one series that breaks off after half of it, until it is mended."""
+
+    base_url = "http://store/dicom-web"
+
+    def __init__(self, series: Series):
+        self.series, self.broken, self.fetched = series, True, 0
+        self.slices = [pydicom.dcmread(path) for path in sorted(series.folder.iterdir())]
+
+    def search_for_series(self, search_filters):
+        found = search_filters.get("SeriesInstanceUID") == self.series.uid
+        keep = ("SeriesInstanceUID", "StudyInstanceUID", "Modality")
+        return [
+            {k: v for k, v in self.slices[0].to_json_dict().items() if pydicom.datadict.keyword_for_tag(k) in keep}
+        ] * found
+
+    def retrieve_series(self, study, series):
+        self.fetched += 1
+        for number, one in enumerate(self.slices):
+            if self.broken and number == HALF:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield one
+
+    def retrieve_series_metadata(self, study, series):
+        self.fetched += 1
+        return [{k: v for k, v in one.to_json_dict().items() if k != "7FE00010"} for one in self.slices]
+
+    def retrieve_instance_frames(self, sop_instance_uid, **rest):
+        number = self.series.instances.index(sop_instance_uid)
+        if self.broken and number >= HALF:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return [next(one.PixelData for one in self.slices if one.SOPInstanceUID == sop_instance_uid)]
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    affine = oblique((1.5, 1.5, 4.0), (20, -15), (60, 90, -30))
+    return Store(write(tmp_path / "ct", "CT", phantom(), affine, numbers=range(SHAPE[2], 0, -1)))
+
+
+def of(store: Store, folder: Path, by_frame: bool = False) -> StudyDatastore:
+    return StudyDatastore(client=store, search_filter={}, cache_path=str(folder), fetch_by_frame=by_frame)
+
+
+@pytest.mark.parametrize("by_frame", [False, True])
+def test_what_broke_off_is_fetched_again(store, tmp_path, by_frame):
+    datastore, uid = of(store, tmp_path / "cache", by_frame), store.series.uid
+    folder = Path(datastore._datastore_path)
+    # Of a process that was killed.
+    (folder / ".zeroseg-0123456789abcdef" / uid).mkdir(parents=True)
+    with pytest.raises(OSError, match="space"):
+        datastore.get_image_uri(uid)
+    assert not (folder / uid).exists() and not list(folder.glob("*.nii.gz")) and not list(folder.glob(".zeroseg-*"))
+    datastore.refresh()
+    assert datastore.json()["objects"] == {}
+    store.broken = False
+    path = datastore.get_image_uri(uid)
+    assert len(list((folder / uid).iterdir())) == SHAPE[2] and store.fetched == 2
+    if not by_frame:  # what MONAI Label makes of frames is another matter
+        assert nib.load(path).shape == SHAPE
+        assert source_of(Path(path)) == folder / uid and read_source(folder / uid).image.shape == SHAPE
+    assert datastore.get_image_info(uid)["Modality"] == "CT" and store.fetched == 2
+
+
+def test_those_who_ask_at_once_get_one_series(store, tmp_path):
+    store.broken = False
+    processes = [of(store, tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda one: one.get_image_uri(store.series.uid), processes))
+    assert len(paths) == 1 and nib.load(paths.pop()).shape == SHAPE and store.fetched == 1
+
+
+def test_a_label_that_broke_off_is_no_label(store, tmp_path):
+    datastore, uid = of(store, tmp_path / "cache"), store.series.uid
+    with pytest.raises(OSError, match="space"):
+        datastore.get_label_uri(uid, "final", "image")
+    assert not (Path(datastore._datastore_path) / "labels" / "final" / uid).exists()
+
+
+def test_a_series_that_is_not_there_is_said(store, tmp_path):
+    with pytest.raises(NotFound, match=r"no series '1\.2\.3'"):
+        of(store, tmp_path / "cache").get_image_uri("1.2.3")
