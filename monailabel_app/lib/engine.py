@@ -16,7 +16,7 @@ from lib.sources import OpenImage, read_source, source_of, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.learning import LearnedHead
 from zeroseg.learning.features import read_prepared
-from zeroseg.segmentation import Segmentation
+from zeroseg.segmentation import Segmentation, scores_of
 
 
 class Engine:
@@ -96,12 +96,9 @@ class Engine:
             else:
                 found = head.predict(self.inferer.encode_prepared(entry.prepared.select(axis + 1, only_slice)))
                 labels[at], confidence[at] = found.label_map, found.certainty
-        values = range(1, int(labels.max()) + 1)
-        scores = [float(confidence[labels == k].mean()) if (labels == k).any() else 0.0 for k in values]
-        details = {"expected_dice": round(found.confidence, 4)}
-        return Segmentation(
-            labels, confidence, scores, "learned", seconds={"predict": time.perf_counter() - start}, details=details
-        )
+        seconds, details = {"predict": time.perf_counter() - start}, {"expected_dice": round(found.confidence, 4)}
+        scores = scores_of(labels, confidence)
+        return Segmentation(labels, confidence, scores, "learned", seconds=seconds, details=details)
 
     def slices_of(self, entry: OpenImage, count: int) -> list[Tensor]:
         """A picture, or so many slices of a volume, evenly spaced: (3, H, W) each."""

@@ -300,6 +300,7 @@ def test_a_failure_names_no_folder_of_the_server(tmp_path):
         ("172.18.0.3", "seg.example.org", "seg.example.org", False),
         ("172.18.0.3", "localhost:8443", "localhost", False),
         ("127.0.0.1", "127.0.0.1:8000", "localhost", False),
+        ("127.0.0.1", "[", "", True),
     ],
 )
 def test_a_server_answers_to_its_names(monkeypatch, server, host, known, told):

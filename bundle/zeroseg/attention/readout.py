@@ -49,10 +49,6 @@ class Readout:
     _kept: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
-    def nbytes(self) -> int:
-        return self.steps.nbytes + self.coordinates.nbytes + self.salience.nbytes
-
-    @property
     def edges(self) -> np.ndarray:
         """(side * side,) float32 in [0, 1): mean cost of the steps that leave a token, squashed."""
         start, end = neighbours(self.side)

@@ -80,11 +80,6 @@ class Vocabulary:
         self._vectors: Tensor | None = None
         self._words = {word for concept in self.concepts for word in normalise(concept).split()}
 
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """All terms that are no concepts."""
-        return tuple(term for term, concept in self.targets.items() if term != concept)
-
     def look_up(self, text: str, encoder: Callable[[Sequence[str]], Tensor] | None = None) -> Meaning:
         """What a prompt is taken for.
 

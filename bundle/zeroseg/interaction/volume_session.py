@@ -104,10 +104,18 @@ class VolumeAnswer:
     def mask(self) -> np.ndarray:
         return self.candidates[self.shown]
 
-    def whole(self, shape: Sequence[int], candidate: int | None = None) -> np.ndarray:
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """First voxel along each axis of the mask in the scan, and the first one beyond it; the mask is not empty."""
+        found = ndimage.find_objects(self.mask.astype(np.uint8))[0]
+        low = np.array([p.start + s.start for p, s in zip(self.part, found, strict=True)])
+        high = np.array([p.start + s.stop for p, s in zip(self.part, found, strict=True)])
+        return low, high
+
+    def whole(self, shape: Sequence[int]) -> np.ndarray:
         """(X, Y, Z) bool of the scan's shape."""
         out = np.zeros(tuple(shape), bool)
-        out[self.part] = self.candidates[self.shown if candidate is None else candidate]
+        out[self.part] = self.mask
         return out
 
 
@@ -349,9 +357,7 @@ class VolumeSession:
         if not len(newest) or (newest[:, 3] != 1).any():
             return False
         size = np.array(self.spacing)
-        found = ndimage.find_objects(before.mask.astype(np.uint8))[0]
-        low = np.array([p.start + s.start for p, s in zip(before.part, found, strict=True)])
-        high = np.array([p.start + s.stop for p, s in zip(before.part, found, strict=True)])
+        low, high = before.bounds
         places = newest[:, :3]
         apart = np.maximum(np.maximum(low - places, places + 1 - high), 0) * size
         return bool(np.linalg.norm(apart, axis=1).min() > BEGINNING * float(((high - low) * size).max()))
@@ -472,9 +478,7 @@ class VolumeSession:
 
     def _cube_of(self, answer: VolumeAnswer, marks: np.ndarray) -> Cube:
         """The cube around an answer and the marks given."""
-        found = ndimage.find_objects(answer.mask.astype(np.uint8))[0]
-        low = np.array([p.start + s.start for p, s in zip(answer.part, found, strict=True)])
-        high = np.array([p.start + s.stop for p, s in zip(answer.part, found, strict=True)])
+        low, high = answer.bounds
         if len(marks):
             low, high = np.minimum(low, marks[:, :3].min(0)), np.maximum(high, marks[:, :3].max(0) + 1)
         size = np.array(self.spacing)

@@ -54,12 +54,16 @@ def foreign(server: str, host: str, origin: str | None) -> str | None:
         host: its ``Host`` header.
         origin: its ``Origin`` header, which browsers send with every request of one site to another.
     """
-    name, known = (urlsplit(f"//{host}").hostname or "").lower(), allowed_hosts()
+    try:
+        name, page = (urlsplit(f"//{host}").hostname or "").lower(), urlsplit(origin or "")
+        place, known = page.hostname, allowed_hosts()
+    except ValueError:
+        return "the header Host or Origin of this request is malformed"
     # An address cannot be given to a page as its name, so it will do where no names are set.
     unknown = name not in known and not is_loopback(name)
     if unknown and (known or is_loopback(server) or not is_address(name)):
         return f"this server is not known as {name[:80]!r}: allow the name by the environment variable {HOSTS_VARIABLE}"
-    if origin is None or urlsplit(origin).netloc.lower() == host.lower() or urlsplit(origin).hostname in known:
+    if origin is None or page.netloc.lower() == host.lower() or place in known:
         return None
     if origin.rstrip("/") in {str(given).rstrip("/") for given in settings.MONAI_LABEL_CORS_ORIGINS or ()}:
         return None
