@@ -12,7 +12,7 @@ import pydicom
 import pytest
 import torch
 from fastapi import HTTPException
-from PIL import Image
+from PIL import Image as PILImage
 from scipy import ndimage
 
 pytest.importorskip("monailabel")
@@ -325,7 +325,7 @@ def test_a_dicom_folder_is_an_image_with_a_nifti_twin_of_the_same_grid(tmp_path)
 
 def test_extensions_are_known_in_capital_letters_too(tmp_path):
     for name in ("a.PNG", "b.png", "c.TIF", "d.tif"):
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+        PILImage.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
     nib.save(nib.Nifti1Image(phantom(), np.eye(4)), tmp_path / "e.nii.gz")
     (tmp_path / "e.nii.gz").rename(tmp_path / "E.NII.GZ")
     store = FolderDatastore(str(tmp_path), auto_reload=False)
