@@ -302,6 +302,7 @@ class AovaAdapters(nn.Module):
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None
         self.presence: dict[str, float] | None = None
         self.presence_of: dict[str, str] | None = None
+        self.beside: dict[str, float] | None = None
         self.head: dict[str, float] | None = None
         self.sha256: str | None = None  # of the file they were loaded from
         self.alpha = alpha

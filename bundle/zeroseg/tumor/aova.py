@@ -47,10 +47,15 @@ class AovaMap:
     image_logit: float
     null_contrast: float
 
-    def times(self, other: AovaMap) -> AovaMap:
+    def times(self, other: AovaMap, weight: float = 1.0) -> AovaMap:
         """Where it is, by both as a product of experts: margins add up, as those of the stages do. Whether it is there at all remains
-        this one's word."""
-        return replace(self, margin=self.margin + other.margin)
+        this one's word.
+
+        Args:
+            other: of the same volume and prompts.
+            weight: of its margin.
+        """
+        return replace(self, margin=self.margin + weight * other.margin)
 
 
 @dataclass
@@ -235,6 +240,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
       ``fusion``       the learned weights of ``residuals.fuse``;
       ``presence``     the log-odds that count as even odds of there being a tumour at all;
       ``presence_of``  of what: "image", the adapters' answer of the volume as a whole, as where nothing is said, or "mask";
+      ``beside``       what the general adapters' margins weigh beside these, where both answer together; 1 where nothing is said;
       ``head``         what the words weigh beside the candidates of the promptable head; in other modalities it is not asked.
 
     Args:
@@ -275,7 +281,7 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
             "adapters fit only the encoder they were trained with"
         )
     adapters.fusion, adapters.presence, adapters.head = (config.get(name) for name in ("fusion", "presence", "head"))
-    adapters.presence_of = config.get("presence_of")
+    adapters.presence_of, adapters.beside = config.get("presence_of"), config.get("beside")
     adapters.sha256 = file_sha256(path)
     return use_onednn(adapters).eval().requires_grad_(False)
 

@@ -480,7 +480,8 @@ class TumorSegmentationInferer(Inferer):
             prompts = self.text_encoder.embed([text for _, text in asked]).to(self.backbone.device)
             aova = aova_map(self.backbone, self._adapters, encoded.features, prompts, roles)
             if self._beside is not None and also is not None:
-                aova = aova.times(aova_map(self.backbone, self._beside, also, prompts, roles))
+                weight = (self._loaded.beside or {}).get(prepared.modality, 1.0)
+                aova = aova.times(aova_map(self.backbone, self._beside, also, prompts, roles), weight)
             suspect = logit(min(self.suspicion, self.threshold))
             found = (aova.margin > suspect).cpu().numpy() & prepared.inside.numpy()
         if "inpaint" in self.stages:
