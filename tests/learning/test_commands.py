@@ -113,6 +113,20 @@ def test_an_exemplar_labels_a_folder(tiny, tmp_path):
     assert manifest["settings"]["exemplar"] == {"labels": {"object": 1}}
 
 
+def test_a_mask_in_another_orientation_is_refused(tiny, tmp_path, capsys):
+    draw_balls(tmp_path, "a")
+    mask = tmp_path / "masks" / "a.nii.gz"
+    mirrored = np.diag([-1.0, 1, 1, 1])
+    mirrored[0, 3] = 39
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(mask).dataobj)[::-1], mirrored), mask)
+    folders = "--images", tmp_path / "images", "--labels", tmp_path / "masks"
+    said = refused(capsys, "learn", *folders, "--output-dir", tmp_path / "head", *tiny)
+    assert "the mask a.nii.gz has another affine" in said and "save it in the image's own geometry" in said
+    pair = f"{tmp_path / 'images/a.nii.gz'},{mask}"
+    said = refused(capsys, "segment", tmp_path / "images", "--exemplar", pair, "--output-dir", tmp_path / "out", *tiny)
+    assert "another affine" in said
+
+
 @pytest.mark.slow
 def test_few_shot_is_measured(tiny_pipeline, tmp_path, capsys):
     draw(tmp_path, "abcde")
