@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_tumor_backbone
@@ -228,6 +229,33 @@ def test_folders_that_cannot_be_used_are_refused(material, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "images" / "a.nii.gz")
     with pytest.raises(ZeroSegError, match=r"masks/a.nii.gz is missing"):
         read_cases(tmp_path, "limb", "mr")
+
+
+@pytest.mark.parametrize("what", ["shape", "affine", "picture", "truncated"])
+def test_masks_that_do_not_lie_on_their_volume_are_refused(material, tmp_path, what):
+    shutil.copytree(material / "mr", tmp_path / "mr")
+    good = read_cases(tmp_path / "mr", "limb", "mr")[0]
+    stored = nib.load(good.mask)
+    values = np.asarray(stored.dataobj)
+    message = {"shape": "has the shape", "affine": "another orientation"}.get(what, "cannot be read")
+    if what == "shape":
+        nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.uint8), stored.affine), good.mask)
+    elif what == "affine":
+        mirrored = stored.affine @ np.diag([-1, 1, 1, 1])
+        mirrored[:3, 3] += stored.affine[:3, 0] * (len(values) - 1)
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(values[::-1]), mirrored), good.mask)
+    elif what == "picture":
+        Image.new("L", (8, 8)).save(good.mask.with_suffix(".png"))
+        good.mask.with_suffix(".png").replace(good.mask)
+    else:
+        good.mask.write_bytes(good.mask.read_bytes()[:-40])
+    with pytest.raises(ZeroSegError, match=message) as refused:
+        good.load()
+    assert good.stem in str(refused.value) and "\n" not in str(refused.value)
+    if what != "truncated":
+        # Before anything is trained: headers are looked at first.
+        with pytest.raises(ZeroSegError, match=message):
+            read_cases(tmp_path / "mr", "limb", "mr")
 
 
 def test_questions_that_do_not_fit_are_marked(model, tmp_path):
