@@ -176,3 +176,53 @@ def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model
     model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
     assert run("learn", *folders, *what, *options, *model) == 0
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
+@pytest.fixture
+def to_adapt(tmp_path, tiny_tumor_model) -> list[object]:
+    """A command that learns adapters, of two volumes of one name in two folders, in no steps."""
+    for kind in ("images", "masks"):
+        for patient in ("p", "q"):
+            (tmp_path / kind / patient).mkdir(parents=True)
+    for patient, value in (("p", 1), ("q", 7)):
+        values = np.full((24, 24, 24), 100, np.float32)
+        values[8:14, 8:14, 8:14] += value
+        for kind, stored in (("images", values), ("masks", (values > 100).astype(np.uint8))):
+            nib.save(nib.Nifti1Image(stored, np.eye(4)), tmp_path / kind / patient / "ct.nii.gz")
+    folders = ["--images", tmp_path / "images", "--labels", tmp_path / "masks", "--output-dir", tmp_path / "out"]
+    sets = {"steps": 0, "fusion_volumes": 0, "initial": tiny_tumor_model, "text_encoder": tiny_tumor_model / "text"}
+    options = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+    model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
+    return ["learn", "--adapters", "--organ", "liver", "--modality", "ct", *folders, *options, *model]
+
+
+def test_volumes_of_one_name_are_two_cases_and_json_is_the_record(to_adapt, capsys):
+    assert run(*to_adapt, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["fusion"]["real"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "stpes=5"], "train_tumor.yaml has no setting 'stpes'"),
+        (["--set", "steps=abc"], "steps must be a whole number, not 'abc'"),
+        (["--set", "lr=fast"], "lr must be a number, not 'fast'"),
+        (["--set", "crop=7"], "crop must be a multiple of"),
+        (["--backbone", "/nowhere"], "/nowhere holds no readable config.json"),
+        (["--dtype", "fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_mistakes_about_adapters_are_one_line(to_adapt, capsys, options, message):
+    assert message in refused(capsys, *to_adapt, *options)
+
+
+def test_masks_of_adapters_are_volumes_of_their_images_grid(to_adapt, tmp_path, capsys):
+    mask = tmp_path / "masks" / "p" / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.uint8), np.eye(4)), mask)
+    assert "has the shape (9, 9, 9)" in refused(capsys, *to_adapt)
+    mask.write_bytes(mask.read_bytes()[:60])
+    assert "ct.nii.gz: cannot be read" in refused(capsys, *to_adapt)
+    for path in (tmp_path / "masks").rglob("*.nii.gz"):
+        path.unlink()
+        Image.new("L", (24, 24)).save(path.with_name("ct.png"))
+    assert "ct.png is no volume" in refused(capsys, *to_adapt)

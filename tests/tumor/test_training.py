@@ -102,6 +102,20 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     assert inferer.segment(volume, np.diag([3, 3, 3, 1]), "mr", "limb").labels.shape == (20, 20, 20)
 
 
+def test_what_cannot_be_trained_ends_the_config_in_one_line(model, tmp_path, capsys):
+    parser = ConfigParser()
+    parser.read_config(CONFIG)
+    parser.update({"folder": str(tmp_path / "none"), "out": str(tmp_path), "work": str(tmp_path / "work")})
+    parser.update({"backbone": str(model), "text_encoder": str(model / "text"), "device": "cpu"})
+    with pytest.raises(SystemExit) as end:
+        parser.get_parsed_content("run")
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"zeroseg: {tmp_path}/none holds no images/*.nii.gz: give a folder with images and masks\n"
+    )
+
+
 def test_steps_change_the_adapters_and_a_seed_fixes_them(model, material, tmp_path):
     runs = [trainer(model, material, tmp_path / name) for name in ("a", "b")]
     before = {k: v.clone() for k, v in runs[0].adapters.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import write_sums
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import one_line
 from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
 from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.questions import Questions
-from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate
+from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate, check_numbers
 from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
@@ -70,7 +73,7 @@ class AdapterTrainer:
     Args:
         backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
         text_encoder: frozen.
-        cases: from :func:`gather_cases`.
+        cases: from :func:`gather_cases`, or what gathers them when called.
         out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
         work: folder of the checkpoint and of the samples; the run resumes from it.
         schedule: how long, on how much and how fast.
@@ -83,14 +86,15 @@ class AdapterTrainer:
         seed: of everything random.
 
     Raises:
-        ZeroSegError: ``sampling.crop`` does not suit the backbone, or the adapters of ``initial`` do not suit the texts.
+        ZeroSegError: a setting is no number where it must be one, ``sampling.crop`` does not suit the backbone, or the adapters of
+            ``initial`` do not suit the texts; whatever ``cases`` raises.
     """
 
     def __init__(
         self,
         backbone: MaisiBackbone,
         text_encoder: TextEncoder,
-        cases: CaseSets,
+        cases: CaseSets | Callable[[], CaseSets],
         out: str | Path,
         work: str | Path,
         schedule: Schedule | None = None,
@@ -101,16 +105,20 @@ class AdapterTrainer:
         presence_of: Mapping[str, str] | None = None,
         seed: int = 0,
     ):
-        self.backbone, self.encoder = backbone.load(), text_encoder.load()
-        self.sets, self.cases = cases, cases.cases
-        self.out, self.work = Path(out), Path(work)
         self.schedule, self.fusion_volumes, self.seed = schedule or Schedule(), fusion_volumes, seed
+        sampling = sampling or Sampling()
+        check_numbers(self.schedule)
+        check_numbers(sampling)
+        self.sets = cases if isinstance(cases, CaseSets) else cases()
+        self.cases = self.sets.cases
+        self.backbone, self.encoder = backbone.load(), text_encoder.load()
+        self.out, self.work = Path(out), Path(work)
         self.weights = {**WEIGHTS, **(self.schedule.weights or {})}
         self.questions = Questions(self.encoder)
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
-        self.reader = CaseReader(backbone, sampling or Sampling(), seed, self.adapters.whole_mm)
+        self.reader = CaseReader(backbone, sampling, seed, self.adapters.whole_mm)
         # Those of ``initial`` do not fit what comes out.
         self.adapters.fusion = self.adapters.presence = None
         self.adapters.presence_of = dict(presence_of or {})
@@ -339,6 +347,22 @@ class Steps(Dataset):
     def __getitem__(self, index: int) -> list[Example]:
         rng = np.random.default_rng([self.trainer.seed, self.first + index])
         return self.trainer.read_step(self.pools, rng)
+
+
+def run(trainer: Callable[[], AdapterTrainer]) -> None:
+    """Make a trainer and run it: the program of ``configs/train_tumor.yaml``.
+
+    Args:
+        trainer: makes it.
+
+    Raises:
+        SystemExit: 2 when anything the user can mend went wrong, which is one line on stderr.
+    """
+    try:
+        trainer().run()
+    except ZeroSegError as error:
+        print(f"zeroseg: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _read_json(path: Path) -> dict:
