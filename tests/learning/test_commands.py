@@ -166,7 +166,7 @@ def test_few_shot_is_measured_in_volumes_beside_images(tiny_pipeline, tmp_path, 
     assert "| discs | scans | mean |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path):
+def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path, capsys):
     write_volumes(tmp_path / "mr", 2, first_seed=60, largest=24, lesion=True, modality="mr", scene="limb")
     folders = ["--images", tmp_path / "mr" / "images", "--labels", tmp_path / "mr" / "masks"]
     what = ["--adapters", "--organ", "limb", "--modality", "mr", "--output_dir", tmp_path / "out"]
@@ -176,6 +176,9 @@ def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model
     model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
     assert run("learn", *folders, *what, *options, *model) == 0
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+    assert run("learn", *folders, *what, *options, *model) == 0, "it goes on, wherever its copies of the volumes lie"
+    said = refused(capsys, "learn", *folders, *what, *options, *model, "--organ", "brain")
+    assert "differs in cases, organ: give another folder" in said
 
 
 @pytest.fixture

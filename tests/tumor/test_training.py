@@ -39,7 +39,7 @@ from zeroseg.tumor.training import (
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
 from zeroseg.tumor.training.samples import augmented, beside
-from zeroseg.tumor.training.trainer import Steps
+from zeroseg.tumor.training.trainer import IDENTITY, Steps
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
 
@@ -152,6 +152,73 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
     again.run()
     expected = whole.adapters.state_dict()
     assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in again.adapters.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def begun(model, material, tmp_path_factory):
+    """A training of one step, and what makes the same one anew, or another."""
+    folder = tmp_path_factory.mktemp("begun")
+
+    def make(cases=None, work="work", steps=1, **other):
+        options = {"adapters": {"hidden": 2, "context": [[], [3], [3]]}, "fusion_volumes": 0, **other}
+        return AdapterTrainer(
+            MaisiBackbone(model, device="cpu"),
+            TextEncoder(model / "text", device="cpu"),
+            gather_cases(real=[{"folder": material / "mr", "organ": "limb", "modality": "mr"}])
+            if cases is None
+            else cases,
+            out=folder / "out",
+            work=folder / work,
+            schedule=Schedule(steps=steps, volumes=2),
+            sampling=Sampling(voxels=32, variants=1, crop=16),
+            **options,
+        )
+
+    make().train()
+    return make
+
+
+@pytest.mark.parametrize("what", ["cases", "organ", "adapters", "seed", "initial"])
+def test_a_work_folder_of_another_training_is_not_resumed(begun, model, material, tmp_path, what):
+    shutil.copytree(material / "mr", tmp_path / "mr")
+    if what == "cases":
+        mask = sorted((tmp_path / "mr" / "masks").iterdir())[0]
+        stored = nib.load(mask)
+        nib.save(nib.Nifti1Image(np.zeros(stored.shape, np.uint8), stored.affine), mask)
+    organ = "brain" if what == "organ" else "limb"
+    cases = gather_cases(real=[{"folder": tmp_path / "mr", "organ": organ, "modality": "mr"}])
+    other = {"adapters": {"hidden": 3}, "seed": 1, "initial": model}
+    run = begun(cases, steps=2, **{what: other[what]} if what in other else {})
+    names = {"organ": "cases, organ", "initial": "adapters, initial"}.get(what, what)
+    with pytest.raises(ZeroSegError, match=rf"differs in {names}: give another folder as work .* or remove it$"):
+        run.train()
+
+
+def test_the_same_cases_elsewhere_and_in_another_order_go_on(begun, material, tmp_path):
+    shutil.copytree(material / "mr", tmp_path / "moved")
+    cases = gather_cases(real=[{"folder": tmp_path / "moved", "organ": "limb", "modality": "mr"}])
+    cases.cases.reverse()
+    begun(work="second").train()
+    run = begun(cases, work="second", steps=2)
+    run.train()
+    saved = torch.load(run.work / "adapters.pt", weights_only=True)
+    assert saved["state"]["voxels"] == 2
+
+
+def test_a_work_folder_of_before_goes_on(begun):
+    run = begun(work="third")
+    run.train()
+    (run.work / IDENTITY).unlink()
+    begun(work="third", seed=1, steps=2).train()
+    (run.work / IDENTITY).write_text("{")
+    with pytest.raises(ZeroSegError, match="damaged"):
+        begun(work="third", steps=3).train()
+
+
+def test_what_trains_nothing_leaves_work_alone(begun):
+    run = begun(work="fourth", steps=0)
+    run.train()
+    assert not run.work.exists()
 
 
 def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):

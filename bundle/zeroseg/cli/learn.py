@@ -161,14 +161,14 @@ def learn_adapters(args: argparse.Namespace) -> int:
     masks = {case.stem: case for case in find_cases(args.labels)}
     pairs = [(case, masks.get(case.stem)) for case in find_cases(args.images)]
     with tempfile.TemporaryDirectory() as scratch, spoken_to_stderr(args.json):
-        # The training takes images/ and masks/ of equal names.
+        # The training takes images/ and masks/ of equal names; what it keeps of them is named by their folder.
+        folder = Path(scratch) / "volumes"
         for kind in ("images", "masks"):
-            (Path(scratch) / kind).mkdir()
+            (folder / kind).mkdir(parents=True)
         for image, mask in pairs:
             path = image.paths[0]
-            volume = image.kind == "nifti" and path.name.endswith((".nii", ".nii.gz"))
-            if not volume or mask is None:
-                reason = "is no NIfTI volume" if mask is not None else "has no mask"
+            if image.kind != "nifti" or not path.name.endswith((".nii", ".nii.gz")) or mask is None:
+                reason = "has no mask" if mask is None else "is no NIfTI volume"
                 raise ZeroSegError(
                     f"{path.name} {reason}: adapters learn from NIfTI volumes with masks of the same name"
                 )
@@ -177,12 +177,17 @@ def learn_adapters(args: argparse.Namespace) -> int:
                 raise ZeroSegError(f"{mask.paths[0].name} is no volume: the mask of {path.name} must be one")
             # Not by the file's own name, which may come again in another folder.
             name = image.stem + (".nii.gz" if path.name.endswith(".gz") else ".nii")
-            shutil.copyfile(path, Path(scratch) / "images" / name)
+            shutil.copyfile(path, folder / "images" / name)
             values = (drawn.array != 0).any(0).astype(np.uint8)
-            nib.save(nib.Nifti1Image(values, drawn.affine), Path(scratch) / "masks" / name)
+            nib.save(nib.Nifti1Image(values, drawn.affine), folder / "masks" / name)
         out = args.output_dir
         trainer = build(
-            find_config("train_tumor.yaml"), settings, "trainer", folder=scratch, out=str(out), work=str(out / "work")
+            find_config("train_tumor.yaml"),
+            settings,
+            "trainer",
+            folder=str(folder),
+            out=str(out),
+            work=str(out / "work"),
         )
         record = trainer.run()
     if args.json:

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.hashing import file_sha256
 from zeroseg.io import check_same_grid
 from zeroseg.io.decoding import decoding
 
@@ -55,6 +56,19 @@ class TrainingCase:
                 found.append((header.shape, header.affine))
         (shape, affine), (mask_shape, mask_affine) = found
         check_same_grid(f"the mask of {self.stem}", mask_shape, mask_affine, shape, affine)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other cases, wherever its files lie: their SHA-256, and all that is said of them; JSON-serialisable.
+
+        Raises:
+            ZeroSegError: a file cannot be read.
+        """
+        hashes = {}
+        for name, path in (("image", self.image), ("mask", self.mask)):
+            with decoding(path):
+                hashes[name] = file_sha256(path)
+        said = {name: getattr(self, name) for name in ("stem", "organ", "modality", "kind", "real", "weight")}
+        return hashes | said
 
     def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(1, X, Y, Z) float32 values as stored, (4, 4) affine and (X, Y, Z) mask.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import write_sums
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import one_line
+from zeroseg.io import one_line, write_json
 from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
@@ -30,6 +31,8 @@ from zeroseg.tumor.training.questions import Questions
 from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate, check_numbers
 from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
+IDENTITY = "training_of.json"
+"""File of ``work`` that says what the training is of."""
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
 
@@ -75,7 +78,8 @@ class AdapterTrainer:
         text_encoder: frozen.
         cases: from :func:`gather_cases`, or what gathers them when called.
         out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
-        work: folder of the checkpoint and of the samples; the run resumes from it.
+        work: folder of the checkpoint and of the samples; the run resumes from it, where it is of the same cases, models, options of
+            the adapters and seed. Schedule and sampling may be others.
         schedule: how long, on how much and how fast.
         sampling: how cases become samples.
         adapters: options of ``AovaAdapters``.
@@ -119,6 +123,9 @@ class AdapterTrainer:
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
         self.reader = CaseReader(backbone, sampling, seed, self.adapters.whole_mm)
+        # What comes out takes its place where it is ``out`` itself.
+        own = initial is not None and Path(initial).resolve() == self.out.resolve()
+        self._initial = "out" if own else self.adapters.sha256
         # Those of ``initial`` do not fit what comes out.
         self.adapters.fusion = self.adapters.presence = None
         self.adapters.presence_of = dict(presence_of or {})
@@ -133,6 +140,9 @@ class AdapterTrainer:
 
         Returns:
             What ``training.json`` records of it.
+
+        Raises:
+            ZeroSegError: ``work`` holds another training, or a case cannot be read.
         """
         start = time.monotonic()
         self.train()
@@ -149,7 +159,12 @@ class AdapterTrainer:
 
     def train(self) -> None:
         """Both phases. The second begins with the first one's result and a tenth of its learning rate; alone, with the whole rate. It
-        ends with the running average of its weights."""
+        ends with the running average of its weights.
+
+        Raises:
+            ZeroSegError: as ``run``.
+        """
+        self._claim_work()
         checkpoint, schedule = self.work / "adapters.pt", self.schedule
         state = {"voxels": 0, "volumes": 0}
         if checkpoint.is_file():
@@ -173,6 +188,44 @@ class AdapterTrainer:
             self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._terms(next(read), rng))
         if schedule.volume_steps:
             self.adapters.load_state_dict(self.average.module.state_dict())
+
+    def identity(self) -> dict[str, Any]:
+        """What a training is of; what is another one has to begin anew. JSON-serialisable.
+
+        Raises:
+            ZeroSegError: a file of a case cannot be read.
+        """
+        cases = sorted((case.identity() for case in self.cases), key=json.dumps)
+        return {
+            "cases": cases,
+            "organ": sorted({case.organ for case in self.cases}),
+            "modality": sorted({case.modality for case in self.cases}),
+            "adapters": self.adapters.options,
+            "backbone": self.backbone.fingerprint,
+            "text_encoder": self.encoder.fingerprint,
+            "initial": self._initial,
+            "seed": self.seed,
+        }
+
+    def _claim_work(self) -> None:
+        """Note in ``work`` what is trained there; before anything is read from it.
+
+        Raises:
+            ZeroSegError: another training is.
+        """
+        path, schedule = self.work / IDENTITY, self.schedule
+        if path.is_file():
+            now = json.loads(json.dumps(self.identity()))
+            remedy = "give another folder as work (--work; --output-dir of zeroseg learn), or remove it"
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise ZeroSegError(f"{self.work} holds a damaged {IDENTITY}: {remedy}") from error
+            other = [name.replace("_", " ") for name, value in now.items() if before.get(name) != value]
+            if other:
+                raise ZeroSegError(f"{self.work} holds a training that differs in {', '.join(other)}: {remedy}")
+        elif schedule.steps or schedule.volume_steps:
+            write_json(path, self.identity())
 
     def calibrate(self) -> None:
         """Let new adapters know the statistics of what they will see, from some of the cases."""
