@@ -81,6 +81,36 @@ def test_learning_goes_on(learned, tiny, tmp_path):
     assert json.loads((learned / "manifest.json").read_text())["settings"]["resumed"] is True
 
 
+def test_a_head_keeps_its_window(tiny, tmp_path, capsys):
+    draw(tmp_path, "ab")
+    head, out = tmp_path / "head", tmp_path / "out"
+    learn = ["learn", "--images", tmp_path / "images", "--labels", tmp_path / "masks", "--seconds", "1"]
+    learn += ["--output-dir", head]
+    assert run(*learn, "--window", "130,140", *tiny) == 0
+    segment = ["segment", tmp_path / "images", "--learned", head, "--output-dir", out, *tiny]
+    for same in ([], ["--window", "130,140"]):
+        assert run(*segment, *same) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["settings"]["window"] == manifest["settings"]["learned"]["window"] == [130, 140]
+    other = "--window", "40,400"
+    message = "was learned with --window 130,140 and is asked with another: leave --window out, or learn again"
+    assert message in refused(capsys, *segment, *other)
+    assert message in refused(capsys, *learn, "--resume", *other, *tiny)
+    assert run(*learn, "--resume", *tiny) == 0
+    assert json.loads((head / "manifest.json").read_text())["settings"]["window"] == [130, 140]
+    config = json.loads((head / "config.json").read_text())
+    # As heads of before, which do not know theirs.
+    del config["facts"]["window"]
+    (head / "config.json").write_text(json.dumps(config))
+    assert run(*segment, *other) == 0
+    assert json.loads((out / "manifest.json").read_text())["settings"]["window"] == [40, 400]
+
+
+def test_a_head_learned_without_a_window_is_asked_without_one(learned, tiny, tmp_path, capsys):
+    segment = ["segment", tmp_path / "images", "--learned", learned, "--output-dir", tmp_path / "out", *tiny]
+    assert "was learned without --window" in refused(capsys, *segment, "--window", "40,400")
+
+
 @pytest.mark.slow
 def test_mistakes_are_one_line(learned, tiny, tmp_path, capsys):
     images, masks = tmp_path / "images", tmp_path / "masks"

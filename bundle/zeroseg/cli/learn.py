@@ -85,13 +85,14 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
     settings = given(args, "backbone", "revision", "variant", "device", "dtype", "resolution")
     inferer = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, args.output_dir).inferer
     inferer.check()
+    start = LearnedHead.load(args.output_dir, inferer) if args.resume else None
+    window = window if start is None else start.settle_window(window)
     labelled = read_folders(args.images, args.labels, parse_labels(args.label), window)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ZeroSegError(f"cannot create the output folder {args.output_dir}: {error.strerror or error}") from error
     with sole_writer(args.output_dir), sigterm_like_ctrl_c():
-        start = LearnedHead.load(args.output_dir, inferer) if args.resume else None
         print(f"learning {', '.join(labelled.labels)} from {len(labelled.cases)} images")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with tqdm(desc="learning", unit="step", disable=None) as bar:
@@ -110,6 +111,8 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
                 seed=args.seed,
                 start=start,
             )
+        # Whoever segments with it need not know it again.
+        head.facts["window"] = window
         head.save(args.output_dir)
         manifest = {
             "zeroseg": __version__,
