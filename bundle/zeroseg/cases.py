@@ -26,6 +26,7 @@ from zeroseg.io import (
     Case,
     Image,
     atomic_path,
+    check_same_grid,
     draw_overlay,
     file_sha256,
     find_cases,
@@ -144,10 +145,7 @@ def read_drawn(file: str | os.PathLike, name: str, image: Image) -> np.ndarray:
     if not path.is_file():
         raise ZeroSegError(f"{name} {path.name}: no such file")
     drawn = read_image(find_cases(path)[0])
-    if drawn.shape != image.shape:
-        raise ZeroSegError(f"{name} {path.name} has the shape {drawn.shape}, the image {image.shape}")
-    if drawn.affine is not None and image.affine is not None and not np.allclose(drawn.affine, image.affine, atol=1e-2):
-        raise ZeroSegError(f"{name} {path.name} has another affine than the image: save it in the image's own geometry")
+    check_same_grid(f"{name} {path.name}", drawn.shape, drawn.affine, image.shape, image.affine)
     if name == "mask":
         return (drawn.array != 0).any(0)
     values = drawn.array[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,32 @@ def build_runner(config: Path, settings: Mapping[str, Any], output: Path) -> Cas
     Raises:
         ZeroSegError: the config has no such id, or its objects refuse the value.
     """
+    return build(config, settings, "evaluator", output_dir=str(output))
+
+
+def build(config: Path, settings: Mapping[str, Any], content: str, **own: Any) -> Any:
+    """What a bundle config makes under an id; where it leaves the making to a call (``_mode_: callable``), that is made here.
+
+    Args:
+        config: path of the YAML file.
+        settings: config id -> value, as the user gave them.
+        content: the id.
+        own: settings of options of their own; a config need not know them.
+
+    Raises:
+        ZeroSegError: the config has no such setting, or its objects refuse the value.
+    """
     parser = ConfigParser()
     parser.read_config(str(config))
     for key in settings:
         if key.replace("::", "#").split("#")[0] not in parser.config:
             raise ZeroSegError(f"{config.name} has no setting {key!r}")
     try:
-        parser.update({**settings, "bundle_root": str(BUNDLE), "output_dir": str(output)})
-        return parser.get_parsed_content("evaluator")
+        parser.update({**settings, "bundle_root": str(BUNDLE), **own})
+        made = parser.get_parsed_content(content)
+        return made() if isinstance(made, partial) else made
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
+        while cause.__cause__ is not None and not isinstance(cause, ZeroSegError):
             cause = cause.__cause__
         raise ZeroSegError(f"{config.name} with these settings: {cause}") from error

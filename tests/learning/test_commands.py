@@ -81,6 +81,36 @@ def test_learning_goes_on(learned, tiny, tmp_path):
     assert json.loads((learned / "manifest.json").read_text())["settings"]["resumed"] is True
 
 
+def test_a_head_keeps_its_window(tiny, tmp_path, capsys):
+    draw(tmp_path, "ab")
+    head, out = tmp_path / "head", tmp_path / "out"
+    learn = ["learn", "--images", tmp_path / "images", "--labels", tmp_path / "masks", "--seconds", "1"]
+    learn += ["--output-dir", head]
+    assert run(*learn, "--window", "130,140", *tiny) == 0
+    segment = ["segment", tmp_path / "images", "--learned", head, "--output-dir", out, *tiny]
+    for same in ([], ["--window", "130,140"]):
+        assert run(*segment, *same) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["settings"]["window"] == manifest["settings"]["learned"]["window"] == [130, 140]
+    other = "--window", "40,400"
+    message = "was learned with --window 130,140 and is asked with another: leave --window out, or learn again"
+    assert message in refused(capsys, *segment, *other)
+    assert message in refused(capsys, *learn, "--resume", *other, *tiny)
+    assert run(*learn, "--resume", *tiny) == 0
+    assert json.loads((head / "manifest.json").read_text())["settings"]["window"] == [130, 140]
+    config = json.loads((head / "config.json").read_text())
+    # As heads of before, which do not know theirs.
+    del config["facts"]["window"]
+    (head / "config.json").write_text(json.dumps(config))
+    assert run(*segment, *other) == 0
+    assert json.loads((out / "manifest.json").read_text())["settings"]["window"] == [40, 400]
+
+
+def test_a_head_learned_without_a_window_is_asked_without_one(learned, tiny, tmp_path, capsys):
+    segment = ["segment", tmp_path / "images", "--learned", learned, "--output-dir", tmp_path / "out", *tiny]
+    assert "was learned without --window" in refused(capsys, *segment, "--window", "40,400")
+
+
 @pytest.mark.slow
 def test_mistakes_are_one_line(learned, tiny, tmp_path, capsys):
     images, masks = tmp_path / "images", tmp_path / "masks"
@@ -111,6 +141,20 @@ def test_an_exemplar_labels_a_folder(tiny, tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert {case["select"] for case in manifest["cases"]} == {"exemplar"}
     assert manifest["settings"]["exemplar"] == {"labels": {"object": 1}}
+
+
+def test_a_mask_in_another_orientation_is_refused(tiny, tmp_path, capsys):
+    draw_balls(tmp_path, "a")
+    mask = tmp_path / "masks" / "a.nii.gz"
+    mirrored = np.diag([-1.0, 1, 1, 1])
+    mirrored[0, 3] = 39
+    nib.save(nib.Nifti1Image(np.asarray(nib.load(mask).dataobj)[::-1], mirrored), mask)
+    folders = "--images", tmp_path / "images", "--labels", tmp_path / "masks"
+    said = refused(capsys, "learn", *folders, "--output-dir", tmp_path / "head", *tiny)
+    assert "the mask a.nii.gz has another affine" in said and "save it in the image's own geometry" in said
+    pair = f"{tmp_path / 'images/a.nii.gz'},{mask}"
+    said = refused(capsys, "segment", tmp_path / "images", "--exemplar", pair, "--output-dir", tmp_path / "out", *tiny)
+    assert "another affine" in said
 
 
 @pytest.mark.slow
@@ -152,7 +196,7 @@ def test_few_shot_is_measured_in_volumes_beside_images(tiny_pipeline, tmp_path, 
     assert "| discs | scans | mean |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path):
+def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model, tmp_path, capsys):
     write_volumes(tmp_path / "mr", 2, first_seed=60, largest=24, lesion=True, modality="mr", scene="limb")
     folders = ["--images", tmp_path / "mr" / "images", "--labels", tmp_path / "mr" / "masks"]
     what = ["--adapters", "--organ", "limb", "--modality", "mr", "--output_dir", tmp_path / "out"]
@@ -162,3 +206,56 @@ def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model
     model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
     assert run("learn", *folders, *what, *options, *model) == 0
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+    assert run("learn", *folders, *what, *options, *model) == 0, "it goes on, wherever its copies of the volumes lie"
+    said = refused(capsys, "learn", *folders, *what, *options, *model, "--organ", "brain")
+    assert "differs in cases, organ: give another folder" in said
+
+
+@pytest.fixture
+def to_adapt(tmp_path, tiny_tumor_model) -> list[object]:
+    """A command that learns adapters, of two volumes of one name in two folders, in no steps."""
+    for kind in ("images", "masks"):
+        for patient in ("p", "q"):
+            (tmp_path / kind / patient).mkdir(parents=True)
+    for patient, value in (("p", 1), ("q", 7)):
+        values = np.full((24, 24, 24), 100, np.float32)
+        values[8:14, 8:14, 8:14] += value
+        for kind, stored in (("images", values), ("masks", (values > 100).astype(np.uint8))):
+            nib.save(nib.Nifti1Image(stored, np.eye(4)), tmp_path / kind / patient / "ct.nii.gz")
+    folders = ["--images", tmp_path / "images", "--labels", tmp_path / "masks", "--output-dir", tmp_path / "out"]
+    sets = {"steps": 0, "fusion_volumes": 0, "initial": tiny_tumor_model, "text_encoder": tiny_tumor_model / "text"}
+    options = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+    model = ["--backbone", tiny_tumor_model, "--device", "cpu", "--dtype", "fp32"]
+    return ["learn", "--adapters", "--organ", "liver", "--modality", "ct", *folders, *options, *model]
+
+
+def test_volumes_of_one_name_are_two_cases_and_json_is_the_record(to_adapt, capsys):
+    assert run(*to_adapt, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["fusion"]["real"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "stpes=5"], "train_tumor.yaml has no setting 'stpes'"),
+        (["--set", "steps=abc"], "steps must be a whole number, not 'abc'"),
+        (["--set", "lr=fast"], "lr must be a number, not 'fast'"),
+        (["--set", "crop=7"], "crop must be a multiple of"),
+        (["--backbone", "/nowhere"], "/nowhere holds no readable config.json"),
+        (["--dtype", "fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_mistakes_about_adapters_are_one_line(to_adapt, capsys, options, message):
+    assert message in refused(capsys, *to_adapt, *options)
+
+
+def test_masks_of_adapters_are_volumes_of_their_images_grid(to_adapt, tmp_path, capsys):
+    mask = tmp_path / "masks" / "p" / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.uint8), np.eye(4)), mask)
+    assert "has the shape (9, 9, 9)" in refused(capsys, *to_adapt)
+    mask.write_bytes(mask.read_bytes()[:60])
+    assert "ct.nii.gz: cannot be read" in refused(capsys, *to_adapt)
+    for path in (tmp_path / "masks").rglob("*.nii.gz"):
+        path.unlink()
+        Image.new("L", (24, 24)).save(path.with_name("ct.png"))
+    assert "ct.png is no volume" in refused(capsys, *to_adapt)

@@ -215,6 +215,17 @@ def test_bool_labels_are_labels():
     assert torch.equal(part.classes, torch.from_numpy((label == 1).astype(np.int64)))
 
 
+def test_slices_that_are_kept_do_not_keep_their_volume():
+    volume, label = np.random.default_rng(0).random((1, 16, 12, 9), np.float32), np.zeros((16, 12, 9), np.uint8)
+    label[4:8, 4:8, 2:5] = 1
+    parts = labelled_slices([Case(volume, label)], {"disc": 1}, -1)
+    assert len(parts) > 1 and any(part.classes.any() for part in parts)
+    for part in parts:
+        assert part.classes.dtype == torch.int64
+        for kept in (part.image, part.classes):
+            assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
 def test_nothing_to_learn_from_and_other_labels_to_go_on_from(inferer, head):
     with pytest.raises(ZeroSegError, match="at least one"):
         fit([], inferer, labels=LABELS)

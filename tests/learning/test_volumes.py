@@ -8,7 +8,7 @@ import torch
 
 from zeroseg.attention import AttentionSegmentationInferer
 from zeroseg.errors import ZeroSegError
-from zeroseg.learning import Case, LearnedHead, as_volumes, fit, volumes
+from zeroseg.learning import Case, LearnedHead, as_volumes, fit, fitting, volumes
 from zeroseg.learning.volumes import STEP, VolumeNet, change, is_volume, seen_size, squeeze_volume
 
 LABELS = {"left": 2, "right": 5}
@@ -59,6 +59,27 @@ def test_it_learns_two_labels_that_differ_by_their_place_alone(inferer, small, t
     assert np.array_equal(loaded.predict(other.image).label_map, found.label_map), "no backbone reads a volume"
     further = fit(cases, inferer, labels=LABELS, seconds=600, steps=1, start=loaded)
     assert further.facts["train_dice"] > 0.5
+
+
+def test_reading_volumes_takes_half_of_the_time_at_most(inferer, small, monkeypatch):
+    read, clock = fitting.labelled_volumes, [0.0]
+
+    def slowly(*arguments):
+        for seen in read(*arguments):
+            clock[0] += 60
+            yield seen
+
+    def steps(seen, *, left, **_):
+        clock[0] += 15
+        shares.append(left())
+        return VolumeNet(torch.tensor([0.9, 0.05, 0.05])), {}
+
+    shares: list[float] = []
+    monkeypatch.setattr(fitting, "labelled_volumes", slowly)
+    monkeypatch.setattr(fitting, "fit_volumes", steps)
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: clock[0])
+    fit([scene(0), scene(1)], inferer, labels=LABELS, seconds=60)
+    assert shares == [0.5]
 
 
 def test_flat_volumes_and_mixtures_are_slices(inferer):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_tumor_backbone
@@ -38,7 +39,7 @@ from zeroseg.tumor.training import (
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
 from zeroseg.tumor.training.samples import augmented, beside
-from zeroseg.tumor.training.trainer import Steps
+from zeroseg.tumor.training.trainer import IDENTITY, Steps
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
 
@@ -101,6 +102,20 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     assert inferer.segment(volume, np.diag([3, 3, 3, 1]), "mr", "limb").labels.shape == (20, 20, 20)
 
 
+def test_what_cannot_be_trained_ends_the_config_in_one_line(model, tmp_path, capsys):
+    parser = ConfigParser()
+    parser.read_config(CONFIG)
+    parser.update({"folder": str(tmp_path / "none"), "out": str(tmp_path), "work": str(tmp_path / "work")})
+    parser.update({"backbone": str(model), "text_encoder": str(model / "text"), "device": "cpu"})
+    with pytest.raises(SystemExit) as end:
+        parser.get_parsed_content("run")
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"zeroseg: {tmp_path}/none holds no images/*.nii.gz: give a folder with images and masks\n"
+    )
+
+
 def test_steps_change_the_adapters_and_a_seed_fixes_them(model, material, tmp_path):
     runs = [trainer(model, material, tmp_path / name) for name in ("a", "b")]
     before = {k: v.clone() for k, v in runs[0].adapters.state_dict().items()}
@@ -137,6 +152,73 @@ def test_a_run_resumes_where_it_stopped(model, material, tmp_path):
     again.run()
     expected = whole.adapters.state_dict()
     assert all(torch.allclose(v, expected[k], atol=1e-6) for k, v in again.adapters.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def begun(model, material, tmp_path_factory):
+    """A training of one step, and what makes the same one anew, or another."""
+    folder = tmp_path_factory.mktemp("begun")
+
+    def make(cases=None, work="work", steps=1, **other):
+        options = {"adapters": {"hidden": 2, "context": [[], [3], [3]]}, "fusion_volumes": 0, **other}
+        return AdapterTrainer(
+            MaisiBackbone(model, device="cpu"),
+            TextEncoder(model / "text", device="cpu"),
+            gather_cases(real=[{"folder": material / "mr", "organ": "limb", "modality": "mr"}])
+            if cases is None
+            else cases,
+            out=folder / "out",
+            work=folder / work,
+            schedule=Schedule(steps=steps, volumes=2),
+            sampling=Sampling(voxels=32, variants=1, crop=16),
+            **options,
+        )
+
+    make().train()
+    return make
+
+
+@pytest.mark.parametrize("what", ["cases", "organ", "adapters", "seed", "initial"])
+def test_a_work_folder_of_another_training_is_not_resumed(begun, model, material, tmp_path, what):
+    shutil.copytree(material / "mr", tmp_path / "mr")
+    if what == "cases":
+        mask = sorted((tmp_path / "mr" / "masks").iterdir())[0]
+        stored = nib.load(mask)
+        nib.save(nib.Nifti1Image(np.zeros(stored.shape, np.uint8), stored.affine), mask)
+    organ = "brain" if what == "organ" else "limb"
+    cases = gather_cases(real=[{"folder": tmp_path / "mr", "organ": organ, "modality": "mr"}])
+    other = {"adapters": {"hidden": 3}, "seed": 1, "initial": model}
+    run = begun(cases, steps=2, **{what: other[what]} if what in other else {})
+    names = {"organ": "cases, organ", "initial": "adapters, initial"}.get(what, what)
+    with pytest.raises(ZeroSegError, match=rf"differs in {names}: give another folder as work .* or remove it$"):
+        run.train()
+
+
+def test_the_same_cases_elsewhere_and_in_another_order_go_on(begun, material, tmp_path):
+    shutil.copytree(material / "mr", tmp_path / "moved")
+    cases = gather_cases(real=[{"folder": tmp_path / "moved", "organ": "limb", "modality": "mr"}])
+    cases.cases.reverse()
+    begun(work="second").train()
+    run = begun(cases, work="second", steps=2)
+    run.train()
+    saved = torch.load(run.work / "adapters.pt", weights_only=True)
+    assert saved["state"]["voxels"] == 2
+
+
+def test_a_work_folder_of_before_goes_on(begun):
+    run = begun(work="third")
+    run.train()
+    (run.work / IDENTITY).unlink()
+    begun(work="third", seed=1, steps=2).train()
+    (run.work / IDENTITY).write_text("{")
+    with pytest.raises(ZeroSegError, match="damaged"):
+        begun(work="third", steps=3).train()
+
+
+def test_what_trains_nothing_leaves_work_alone(begun):
+    run = begun(work="fourth", steps=0)
+    run.train()
+    assert not run.work.exists()
 
 
 def test_left_out_cases_are_measured_and_not_trained_on(model, material, tmp_path):
@@ -228,6 +310,33 @@ def test_folders_that_cannot_be_used_are_refused(material, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "images" / "a.nii.gz")
     with pytest.raises(ZeroSegError, match=r"masks/a.nii.gz is missing"):
         read_cases(tmp_path, "limb", "mr")
+
+
+@pytest.mark.parametrize("what", ["shape", "affine", "picture", "truncated"])
+def test_masks_that_do_not_lie_on_their_volume_are_refused(material, tmp_path, what):
+    shutil.copytree(material / "mr", tmp_path / "mr")
+    good = read_cases(tmp_path / "mr", "limb", "mr")[0]
+    stored = nib.load(good.mask)
+    values = np.asarray(stored.dataobj)
+    message = {"shape": "has the shape", "affine": "another orientation"}.get(what, "cannot be read")
+    if what == "shape":
+        nib.save(nib.Nifti1Image(np.ones((9, 9, 9), np.uint8), stored.affine), good.mask)
+    elif what == "affine":
+        mirrored = stored.affine @ np.diag([-1, 1, 1, 1])
+        mirrored[:3, 3] += stored.affine[:3, 0] * (len(values) - 1)
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(values[::-1]), mirrored), good.mask)
+    elif what == "picture":
+        Image.new("L", (8, 8)).save(good.mask.with_suffix(".png"))
+        good.mask.with_suffix(".png").replace(good.mask)
+    else:
+        good.mask.write_bytes(good.mask.read_bytes()[:-40])
+    with pytest.raises(ZeroSegError, match=message) as refused:
+        good.load()
+    assert good.stem in str(refused.value) and "\n" not in str(refused.value)
+    if what != "truncated":
+        # Before anything is trained: headers are looked at first.
+        with pytest.raises(ZeroSegError, match=message):
+            read_cases(tmp_path / "mr", "limb", "mr")
 
 
 def test_questions_that_do_not_fit_are_marked(model, tmp_path):

@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser, "embedded (default), a folder of a Stable Diffusion pipeline, or a hub id with --revision")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--variant", help="which copy of the weights is read: fp16 or non_ema")
-    add_json(parser, "manifest.json")
+    add_json(parser, "manifest.json, of adapters the record of the training,")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,13 +85,14 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
     settings = given(args, "backbone", "revision", "variant", "device", "dtype", "resolution")
     inferer = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, args.output_dir).inferer
     inferer.check()
+    start = LearnedHead.load(args.output_dir, inferer) if args.resume else None
+    window = window if start is None else start.settle_window(window)
     labelled = read_folders(args.images, args.labels, parse_labels(args.label), window)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ZeroSegError(f"cannot create the output folder {args.output_dir}: {error.strerror or error}") from error
     with sole_writer(args.output_dir), sigterm_like_ctrl_c():
-        start = LearnedHead.load(args.output_dir, inferer) if args.resume else None
         print(f"learning {', '.join(labelled.labels)} from {len(labelled.cases)} images")
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with tqdm(desc="learning", unit="step", disable=None) as bar:
@@ -110,6 +111,8 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
                 seed=args.seed,
                 start=start,
             )
+        # Whoever segments with it need not know it again.
+        head.facts["window"] = window
         head.save(args.output_dir)
         manifest = {
             "zeroseg": __version__,
@@ -143,11 +146,10 @@ def learn_adapters(args: argparse.Namespace) -> int:
     import tempfile
 
     import nibabel as nib
-    from monai.bundle import ConfigParser
+    import numpy as np
 
-    from zeroseg.configs import find_config, parse_settings
-    from zeroseg.io import find_cases
-    from zeroseg.places import BUNDLE
+    from zeroseg.configs import build, find_config, parse_settings
+    from zeroseg.io import find_cases, read_image
 
     if not args.organ or not args.modality:
         raise ZeroSegError("--adapters needs --organ and --modality: what the volumes show, such as liver and ct")
@@ -159,28 +161,41 @@ def learn_adapters(args: argparse.Namespace) -> int:
     for path, option in ((args.images, "--images"), (args.labels, "--labels")):
         if not path.is_dir():
             raise ZeroSegError(f"{path}: no such folder; give an existing one as {option}")
-    masks = {case.stem: case.paths[0] for case in find_cases(args.labels)}
-    pairs = [(case.paths[0], masks.get(case.stem)) for case in find_cases(args.images)]
-    with tempfile.TemporaryDirectory() as scratch:
-        # The training takes images/ and masks/ of equal names.
+    masks = {case.stem: case for case in find_cases(args.labels)}
+    pairs = [(case, masks.get(case.stem)) for case in find_cases(args.images)]
+    with tempfile.TemporaryDirectory() as scratch, spoken_to_stderr(args.json):
+        # The training takes images/ and masks/ of equal names; what it keeps of them is named by their folder.
+        folder = Path(scratch) / "volumes"
         for kind in ("images", "masks"):
-            (Path(scratch) / kind).mkdir()
+            (folder / kind).mkdir(parents=True)
         for image, mask in pairs:
-            if not image.name.endswith((".nii", ".nii.gz")) or mask is None:
+            path = image.paths[0]
+            if image.kind != "nifti" or not path.name.endswith((".nii", ".nii.gz")) or mask is None:
                 reason = "has no mask" if mask is None else "is no NIfTI volume"
                 raise ZeroSegError(
-                    f"{image.name} {reason}: adapters learn from NIfTI volumes with masks of the same name"
+                    f"{path.name} {reason}: adapters learn from NIfTI volumes with masks of the same name"
                 )
-            shutil.copyfile(image, Path(scratch) / "images" / image.name)
-            # Its name may end differently.
-            nib.save(nib.load(mask), Path(scratch) / "masks" / image.name)
-        parser = ConfigParser()
-        parser.read_config(str(find_config("train_tumor.yaml")))
-        work = args.output_dir / "work"
-        parser.update(
-            {**settings, "folder": scratch, "bundle_root": str(BUNDLE), "out": str(args.output_dir), "work": str(work)}
+            drawn = read_image(mask)
+            if drawn.affine is None:
+                raise ZeroSegError(f"{mask.paths[0].name} is no volume: the mask of {path.name} must be one")
+            # Not by the file's own name, which may come again in another folder.
+            name = image.stem + (".nii.gz" if path.name.endswith(".gz") else ".nii")
+            shutil.copyfile(path, folder / "images" / name)
+            values = (drawn.array != 0).any(0).astype(np.uint8)
+            nib.save(nib.Nifti1Image(values, drawn.affine), folder / "masks" / name)
+        out = args.output_dir
+        trainer = build(
+            find_config("train_tumor.yaml"),
+            settings,
+            "trainer",
+            folder=str(folder),
+            out=str(out),
+            work=str(out / "work"),
         )
-        parser.get_parsed_content("trainer").run()
+        record = trainer.run()
+    if args.json:
+        print_json(record)
+        return 0
     print(f"adapters: {args.output_dir}")
     print(f"  zeroseg tumor CASES --adapters {args.output_dir} --organ {args.organ} --output-dir OUT")
     return 0

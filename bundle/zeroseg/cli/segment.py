@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         runner.window = (window[0], window[1])
     if args.learned is not None or args.exemplar is not None:
         runner.inferer = learned_inferer(args, runner.inferer, runner.window)
+    if args.learned is not None:
+        runner.window = runner.inferer.labeller.settle_window(runner.window)
     if prompt:
         cases = CaseDataset(args.input, args.output_dir).cases
         if len(cases) > 1:

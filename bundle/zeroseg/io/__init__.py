@@ -4,7 +4,7 @@ from zeroseg.hashing import file_sha256
 from zeroseg.io.decoding import one_line
 from zeroseg.io.dicom_seg import write_dicom_seg
 from zeroseg.io.finding import Case, find_cases
-from zeroseg.io.image import Image, slice_affine
+from zeroseg.io.image import Image, check_same_grid, slice_affine
 from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
@@ -23,6 +23,7 @@ __all__ = [
     "Case",
     "Image",
     "atomic_path",
+    "check_same_grid",
     "contact_html",
     "contact_sheet",
     "draw_overlay",

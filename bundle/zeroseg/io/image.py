@@ -71,6 +71,34 @@ class Image:
         return ".nii.gz" if self.is_volume else ".png"
 
 
+def check_same_grid(
+    what: str,
+    shape: Sequence[int],
+    affine: np.ndarray | None,
+    image_shape: Sequence[int],
+    image_affine: np.ndarray | None,
+) -> None:
+    """Make sure that a mask lies on the grid of its image.
+
+    Args:
+        what: the mask, as the message names it.
+        shape, affine: of the mask; shape without channels, affine (4, 4), voxel index -> RAS mm, or None where the file has none.
+        image_shape, image_affine: of the image, likewise.
+
+    Raises:
+        ZeroSegError: the shapes differ, or both have an affine and these differ by more than 0.01 mm.
+    """
+    if tuple(shape) != tuple(image_shape):
+        raise ZeroSegError(
+            f"{what} has the shape {tuple(shape)}, the image {tuple(image_shape)}: they must be equal, save it on the image's own grid"
+        )
+    if affine is not None and image_affine is not None and not np.allclose(affine, image_affine, atol=1e-2):
+        raise ZeroSegError(
+            f"{what} has another affine than the image, so it lies elsewhere or is stored in another orientation: "
+            "save it in the image's own geometry"
+        )
+
+
 def slice_affine(spacing: Sequence[float]) -> np.ndarray:
     """The affine of a 2-D image taken as one slice, (H, W, 1), shown the radiological way: rows run to the back, columns
     to the patient's left. Nothing in a picture says so; it is how axial slices are usually shown.

@@ -115,13 +115,14 @@ def labelled_slices(cases: Sequence[Case], labels: Mapping[str, int], slice_axis
     share = max(2, MOST_SLICES // max(1, volumes))
     found = []
     for case, array in zip(cases, arrays, strict=True):
-        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(array).long()
+        image, classes = prepare(to_tensor(case.image)), torch.from_numpy(array)
         if array.ndim == 2:
-            found.append(LabelledSlice(image, classes))
+            found.append(LabelledSlice(image, classes.long()))
             continue
         axis = slice_axis % 3
         for k in chosen_slices(np.moveaxis(array, axis, 0) > 0, share):
-            found.append(LabelledSlice(image.select(axis + 1, k), classes.select(axis, k)))
+            # Copies: a view would keep the whole volume.
+            found.append(LabelledSlice(image.select(axis + 1, k).clone(), classes.select(axis, k).long()))
     return found
 
 

@@ -79,8 +79,8 @@ def fit(
         raise ZeroSegError("the head to go on from has other labels: learn from the start")
     how: dict[str, Any] = {"progress": progress, "cancelled": cancelled, "seed": seed, "start": start, "steps": steps}
     if cases and as_volumes(cases):
-        left = _left(seconds)
-        network, facts = fit_volumes(list(labelled_volumes(cases, names)), left=left, **how)
+        seen = list(labelled_volumes(cases, names))
+        network, facts = fit_volumes(seen, left=_left(seconds, began), **how)
     else:
         slices = labelled_slices(cases, names, inferer.slice_axis)
         shown = []
@@ -88,17 +88,17 @@ def fit(
             _stop_if(cancelled)
             shown.append(show_encoded(inferer, inferer.encode_prepared(part.image)))
         classes = [shares(part.classes, len(names) + 1) for part in slices]
-        rest = max(seconds - (time.perf_counter() - began), seconds / 2)
-        network, facts = fit_shown(shown, classes, left=_left(rest), **how)
+        network, facts = fit_shown(shown, classes, left=_left(seconds, began), **how)
         facts = {"slices": len(slices), **facts}
     facts = {"shots": len(cases), **facts, "seconds": round(time.perf_counter() - began, 1)}
     return LearnedHead(inferer, network, names, facts)
 
 
-def _left(seconds: float) -> Callable[[], float]:
-    """The share of the seconds from now on that is left."""
+def _left(seconds: float, began: float) -> Callable[[], float]:
+    """The share that is left of the rest of the seconds since ``began``; what passed of them counts for half at most."""
     begin = time.perf_counter()
-    return lambda: 1 - (time.perf_counter() - begin) / seconds
+    rest = max(seconds - (begin - began), seconds / 2)
+    return lambda: 1 - (time.perf_counter() - begin) / rest
 
 
 def shares(classes: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import Case as File
-from zeroseg.io import find_cases, read_image, to_unit_range
+from zeroseg.io import check_same_grid, find_cases, read_image, to_unit_range
 from zeroseg.learning.cases import Case
 
 
@@ -45,7 +45,8 @@ def read_folders(
         window: (center, width) of intensities, see ``to_unit_range``.
 
     Raises:
-        ZeroSegError: a folder is missing, no mask has the name of an image, or a file does not fit.
+        ZeroSegError: a folder is missing, no mask has the name of an image, or a mask cannot be read or does not lie on its image's
+            grid.
     """
     for path, option in ((images, "images"), (masks, "masks")):
         if not path.exists():
@@ -57,7 +58,8 @@ def read_folders(
         pairs = [(found[0], drawn[0])]
     if not pairs:
         raise ZeroSegError(f"no mask in {masks} has the name of an image in {images} (without extension)")
-    arrays = [_read_mask(mask) for _, mask in pairs]
+    read = [_read_mask(mask) for _, mask in pairs]
+    arrays = [array for array, _ in read]
     values = sorted({int(value) for array in arrays for value in np.unique(array)} - {0})
     if labels is None:
         if not values:
@@ -68,29 +70,27 @@ def read_folders(
         else:
             labels = {f"label {value}": value for value in values}
     cases = []
-    for (file, mask), array in zip(pairs, arrays, strict=True):
+    for (file, mask), array, (_, affine) in zip(pairs, arrays, read, strict=True):
         image = read_image(file)
-        if image.shape != array.shape:
-            raise ZeroSegError(
-                f"{mask.paths[0].name}: the mask has shape {array.shape}, its image {image.shape}: they must be equal"
-            )
+        check_same_grid(f"the mask {mask.paths[0].name}", array.shape, affine, image.shape, image.affine)
         cases.append(Case(to_unit_range(image, window), array))
     return Labelled(cases, pairs, dict(labels))
 
 
-def _read_mask(file: File) -> np.ndarray:
-    """(H, W) or (X, Y, Z) integers.
+def _read_mask(file: File) -> tuple[np.ndarray, np.ndarray | None]:
+    """(H, W) or (X, Y, Z) integers, and the affine of a volume.
 
     Raises:
         ZeroSegError: it is a colour picture, or holds values that are no labels.
     """
-    array = read_image(file).array
+    image = read_image(file)
+    array = image.array
     if len(array) > 1 and not all(np.array_equal(array[0], other) for other in array[1:3]):
         raise ZeroSegError(f"{file.paths[0].name}: a mask must hold one value per pixel, and this is a colour picture")
     mask = array[0]
     if not (np.isfinite(mask).all() and (mask == np.rint(mask)).all() and mask.min() >= 0 and mask.max() <= 255):
         raise ZeroSegError(f"{file.paths[0].name}: a mask must hold whole numbers from 0 to 255")
-    return mask.astype(np.uint8)
+    return mask.astype(np.uint8), image.affine
 
 
 def parse_labels(given: Sequence[str]) -> dict[str, int] | None:

@@ -113,7 +113,7 @@ class LearnedHead:
         inferer: reads the images.
         network: fitted.
         labels: name -> value, ordered by value.
-        facts: what a record says beside: shots, slices, steps, seconds, metric, seed.
+        facts: what a record says beside: shots, slices, steps, seconds, metric, seed; ``window`` where ``settle_window`` is to know it.
     """
 
     def __init__(
@@ -162,6 +162,25 @@ class LearnedHead:
         """(L + 1, H, W) float32 of what is shown of an image."""
         shares = self.network.probabilities(shown.image, shown.foreground)
         return F.interpolate(shares[None], shown.size, mode="bilinear", align_corners=False)[0].numpy()
+
+    def settle_window(self, window: tuple[float, float] | None) -> tuple[float, float] | None:
+        """The (center, width) by which images have to be read, see ``to_unit_range``: that of the images it was learned from.
+
+        Args:
+            window: what was asked for; None: nothing. It holds where the head does not know its own, as those of before.
+
+        Raises:
+            ZeroSegError: another one than the head's was asked for.
+        """
+        if "window" not in self.facts:
+            return window
+        own = self.facts["window"]
+        if window is not None and not np.array_equal(window, own):
+            said = "without --window" if own is None else f"with --window {own[0]:g},{own[1]:g}"
+            raise ZeroSegError(
+                f"the head was learned {said} and is asked with another: leave --window out, or learn again"
+            )
+        return None if own is None else (own[0], own[1])
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the head; JSON-serialisable."""

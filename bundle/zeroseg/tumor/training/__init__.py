@@ -15,7 +15,7 @@ from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.questions import Questions
 from zeroseg.tumor.training.samples import CaseReader, Sampling, cropped
 from zeroseg.tumor.training.terms import volume_terms, voxel_terms
-from zeroseg.tumor.training.trainer import AdapterTrainer, Schedule
+from zeroseg.tumor.training.trainer import AdapterTrainer, Schedule, run
 
 __all__ = [
     "AdapterTrainer",
@@ -30,6 +30,7 @@ __all__ = [
     "gather_cases",
     "read_cases",
     "refuse_held_out",
+    "run",
     "volume_terms",
     "voxel_terms",
 ]

@@ -12,6 +12,9 @@ import nibabel as nib
 import numpy as np
 
 from zeroseg.errors import ZeroSegError
+from zeroseg.hashing import file_sha256
+from zeroseg.io import check_same_grid
+from zeroseg.io.decoding import decoding
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,53 @@ class TrainingCase:
     def stem(self) -> str:
         return self.image.name.split(".")[0]
 
+    def check(self) -> None:
+        """Look at the headers of both files.
+
+        Raises:
+            ZeroSegError: one of them cannot be read, or the mask does not lie on the volume's grid.
+        """
+        found = []
+        for path in (self.image, self.mask):
+            with decoding(path):
+                header = nib.load(path)
+                found.append((header.shape, header.affine))
+        (shape, affine), (mask_shape, mask_affine) = found
+        check_same_grid(f"the mask of {self.stem}", mask_shape, mask_affine, shape, affine)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from other cases, wherever its files lie: their SHA-256, and all that is said of them; JSON-serialisable.
+
+        Raises:
+            ZeroSegError: a file cannot be read.
+        """
+        hashes = {}
+        for name, path in (("image", self.image), ("mask", self.mask)):
+            with decoding(path):
+                hashes[name] = file_sha256(path)
+        said = {name: getattr(self, name) for name in ("stem", "organ", "modality", "kind", "real", "weight")}
+        return hashes | said
+
     def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(1, X, Y, Z) float32 values as stored, (4, 4) affine and (X, Y, Z) mask."""
-        image = nib.load(self.image)
-        return np.asarray(image.dataobj, dtype=np.float32)[None], image.affine, self.load_mask()
+        """(1, X, Y, Z) float32 values as stored, (4, 4) affine and (X, Y, Z) mask.
+
+        Raises:
+            ZeroSegError: as ``check``, or a file is damaged.
+        """
+        self.check()
+        with decoding(self.image):
+            image = nib.load(self.image)
+            values = np.asarray(image.dataobj, dtype=np.float32)[None]
+        return values, image.affine, self.load_mask()
 
     def load_mask(self) -> np.ndarray:
-        """(X, Y, Z) mask, not zero where the lesion is."""
-        return np.asarray(nib.load(self.mask).dataobj)
+        """(X, Y, Z) mask, not zero where the lesion is.
+
+        Raises:
+            ZeroSegError: the file cannot be read.
+        """
+        with decoding(self.mask):
+            return np.asarray(nib.load(self.mask).dataobj)
 
 
 def read_cases(
@@ -56,12 +98,13 @@ def read_cases(
     """The cases of a folder with ``images/`` and ``masks/`` of the same names.
 
     Args:
-        folder: with ``cases.json`` (as ``scripts/phantoms.py --volumes`` writes it), or of real volumes of one kind.
+        folder: with ``cases.json`` (as ``scripts/training/phantoms.py --volumes`` writes it), or of real volumes of one kind.
         organ, modality: of all cases, where there is no ``cases.json``.
         weight: of the whole folder, shared by its cases; None: 1 for each case.
 
     Raises:
-        ZeroSegError: there are no images, a mask is missing, or it is not known what the volumes show.
+        ZeroSegError: there are no images, a mask is missing, cannot be read or does not lie on its volume's grid, or it is not known
+            what the volumes show.
     """
     folder = Path(folder).expanduser()
     images = sorted(p for p in (folder / "images").glob("*") if p.name.endswith((".nii", ".nii.gz")))
@@ -78,7 +121,9 @@ def read_cases(
             raise ZeroSegError(f"{folder.name}: masks/{image.name} is missing; a healthy volume needs an empty mask")
         if not facts.get("organ") or not facts.get("modality"):
             raise ZeroSegError(f"{folder.name} has no cases.json entry for {image.name}: give organ and modality")
-        cases.append(TrainingCase(image, mask, facts["organ"], facts["modality"], facts.get("kind"), not known, share))
+        case = TrainingCase(image, mask, facts["organ"], facts["modality"], facts.get("kind"), not known, share)
+        case.check()
+        cases.append(case)
     return cases
 
 
@@ -130,7 +175,7 @@ def gather_cases(
     """The cases of several folders, sorted by what they are for.
 
     Args:
-        phantoms: folder of ``scripts/phantoms.py --volumes``, or several; None: none.
+        phantoms: folder of ``scripts/training/phantoms.py --volumes``, or several; None: none.
         real: list of {folder, organ, modality} and perhaps weight: real volumes with masks.
         held_out: see :func:`refuse_held_out`.
         leave_out: [fold, folds]: of the real cases every ``folds``-th, from ``fold`` on, is left out of training and fusion

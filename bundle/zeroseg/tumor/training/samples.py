@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,6 +154,21 @@ class Sampling:
     scales: tuple[float, float] = (0.8, 1.2)
     recoloured: float = 0.0
     healthy_part: float = 0.0
+
+
+def check_numbers(options: Any) -> None:
+    """Make sure that the fields of a dataclass that are annotated as numbers hold such: a config gives what it was told.
+
+    Raises:
+        ZeroSegError: one does not.
+    """
+    for field in fields(options):
+        value, kind = getattr(options, field.name), str(field.type).removesuffix(" | None")
+        optional = value is None and str(field.type) != kind
+        if kind == "int" and not optional and not isinstance(value, Integral):
+            raise ZeroSegError(f"{field.name} must be a whole number, not {value!r}")
+        if kind == "float" and not optional and not isinstance(value, Real):
+            raise ZeroSegError(f"{field.name} must be a number, not {value!r}")
 
 
 class CaseReader:

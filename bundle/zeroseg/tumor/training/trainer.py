@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +21,18 @@ from tqdm import tqdm
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
 from zeroseg.backbones.weights import write_sums
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import one_line, write_json
 from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import load_adapters
 from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
 from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.questions import Questions
-from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate
+from zeroseg.tumor.training.samples import CaseReader, Example, Sampling, VoxelSamples, calibrate, check_numbers
 from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
+IDENTITY = "training_of.json"
+"""File of ``work`` that says what the training is of."""
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
 
@@ -70,9 +76,10 @@ class AdapterTrainer:
     Args:
         backbone: frozen; its folder's ``config.json`` is extended when ``out`` is that folder.
         text_encoder: frozen.
-        cases: from :func:`gather_cases`.
+        cases: from :func:`gather_cases`, or what gathers them when called.
         out: folder that gets ``adapters.safetensors`` and the config entries ``adapters``, ``fusion`` and ``presence``.
-        work: folder of the checkpoint and of the samples; the run resumes from it.
+        work: folder of the checkpoint and of the samples; the run resumes from it, where it is of the same cases, models, options of
+            the adapters and seed. Schedule and sampling may be others.
         schedule: how long, on how much and how fast.
         sampling: how cases become samples.
         adapters: options of ``AovaAdapters``.
@@ -83,14 +90,15 @@ class AdapterTrainer:
         seed: of everything random.
 
     Raises:
-        ZeroSegError: ``sampling.crop`` does not suit the backbone, or the adapters of ``initial`` do not suit the texts.
+        ZeroSegError: a setting is no number where it must be one, ``sampling.crop`` does not suit the backbone, or the adapters of
+            ``initial`` do not suit the texts; whatever ``cases`` raises.
     """
 
     def __init__(
         self,
         backbone: MaisiBackbone,
         text_encoder: TextEncoder,
-        cases: CaseSets,
+        cases: CaseSets | Callable[[], CaseSets],
         out: str | Path,
         work: str | Path,
         schedule: Schedule | None = None,
@@ -101,16 +109,23 @@ class AdapterTrainer:
         presence_of: Mapping[str, str] | None = None,
         seed: int = 0,
     ):
-        self.backbone, self.encoder = backbone.load(), text_encoder.load()
-        self.sets, self.cases = cases, cases.cases
-        self.out, self.work = Path(out), Path(work)
         self.schedule, self.fusion_volumes, self.seed = schedule or Schedule(), fusion_volumes, seed
+        sampling = sampling or Sampling()
+        check_numbers(self.schedule)
+        check_numbers(sampling)
+        self.sets = cases if isinstance(cases, CaseSets) else cases()
+        self.cases = self.sets.cases
+        self.backbone, self.encoder = backbone.load(), text_encoder.load()
+        self.out, self.work = Path(out), Path(work)
         self.weights = {**WEIGHTS, **(self.schedule.weights or {})}
         self.questions = Questions(self.encoder)
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
-        self.reader = CaseReader(backbone, sampling or Sampling(), seed, self.adapters.whole_mm)
+        self.reader = CaseReader(backbone, sampling, seed, self.adapters.whole_mm)
+        # What comes out takes its place where it is ``out`` itself.
+        own = initial is not None and Path(initial).resolve() == self.out.resolve()
+        self._initial = "out" if own else self.adapters.sha256
         # Those of ``initial`` do not fit what comes out.
         self.adapters.fusion = self.adapters.presence = None
         self.adapters.presence_of = dict(presence_of or {})
@@ -125,6 +140,9 @@ class AdapterTrainer:
 
         Returns:
             What ``training.json`` records of it.
+
+        Raises:
+            ZeroSegError: ``work`` holds another training, or a case cannot be read.
         """
         start = time.monotonic()
         self.train()
@@ -141,7 +159,12 @@ class AdapterTrainer:
 
     def train(self) -> None:
         """Both phases. The second begins with the first one's result and a tenth of its learning rate; alone, with the whole rate. It
-        ends with the running average of its weights."""
+        ends with the running average of its weights.
+
+        Raises:
+            ZeroSegError: as ``run``.
+        """
+        self._claim_work()
         checkpoint, schedule = self.work / "adapters.pt", self.schedule
         state = {"voxels": 0, "volumes": 0}
         if checkpoint.is_file():
@@ -165,6 +188,44 @@ class AdapterTrainer:
             self._phase("volumes", schedule.volume_steps, rate, state, lambda rng: self._terms(next(read), rng))
         if schedule.volume_steps:
             self.adapters.load_state_dict(self.average.module.state_dict())
+
+    def identity(self) -> dict[str, Any]:
+        """What a training is of; what is another one has to begin anew. JSON-serialisable.
+
+        Raises:
+            ZeroSegError: a file of a case cannot be read.
+        """
+        cases = sorted((case.identity() for case in self.cases), key=json.dumps)
+        return {
+            "cases": cases,
+            "organ": sorted({case.organ for case in self.cases}),
+            "modality": sorted({case.modality for case in self.cases}),
+            "adapters": self.adapters.options,
+            "backbone": self.backbone.fingerprint,
+            "text_encoder": self.encoder.fingerprint,
+            "initial": self._initial,
+            "seed": self.seed,
+        }
+
+    def _claim_work(self) -> None:
+        """Note in ``work`` what is trained there; before anything is read from it.
+
+        Raises:
+            ZeroSegError: another training is.
+        """
+        path, schedule = self.work / IDENTITY, self.schedule
+        if path.is_file():
+            now = json.loads(json.dumps(self.identity()))
+            remedy = "give another folder as work (--work; --output-dir of zeroseg learn), or remove it"
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise ZeroSegError(f"{self.work} holds a damaged {IDENTITY}: {remedy}") from error
+            other = [name.replace("_", " ") for name, value in now.items() if before.get(name) != value]
+            if other:
+                raise ZeroSegError(f"{self.work} holds a training that differs in {', '.join(other)}: {remedy}")
+        elif schedule.steps or schedule.volume_steps:
+            write_json(path, self.identity())
 
     def calibrate(self) -> None:
         """Let new adapters know the statistics of what they will see, from some of the cases."""
@@ -339,6 +400,22 @@ class Steps(Dataset):
     def __getitem__(self, index: int) -> list[Example]:
         rng = np.random.default_rng([self.trainer.seed, self.first + index])
         return self.trainer.read_step(self.pools, rng)
+
+
+def run(trainer: Callable[[], AdapterTrainer]) -> None:
+    """Make a trainer and run it: the program of ``configs/train_tumor.yaml``.
+
+    Args:
+        trainer: makes it.
+
+    Raises:
+        SystemExit: 2 when anything the user can mend went wrong, which is one line on stderr.
+    """
+    try:
+        trainer().run()
+    except ZeroSegError as error:
+        print(f"zeroseg: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _read_json(path: Path) -> dict:
