@@ -368,9 +368,9 @@ def test_a_drawing_is_named_not_loaded_by_a_prompts_file(tmp_path):
 
 def test_of_an_earlier_answer_nothing_stays_beside_the_new_one(inferer, images, out):
     run(inferer, images, out)
-    for name in ("first_seg.dcm", "first_seg.nii.gz", "third_seg.dcm", "first_notes.txt"):
+    for name in ("first_seg.dcm", "first_seg.nii.gz", "first_confidence.tif", "third_seg.dcm", "first_notes.txt"):
         (out / name).write_bytes(b"of an earlier run")
     run(inferer, images, out)
     left = {path.name for path in out.iterdir()}
     assert {"first_seg.png", "third_seg.dcm", "first_notes.txt"} <= left
-    assert not {"first_seg.dcm", "first_seg.nii.gz"} & left
+    assert not {"first_seg.dcm", "first_seg.nii.gz", "first_confidence.tif"} & left

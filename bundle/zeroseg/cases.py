@@ -342,7 +342,7 @@ class CaseRunner:
 
     def _remove_others(self, case: Case, files: Sequence[str], output: Path) -> None:
         """Of an earlier answer to the case nothing stays beside the new one, such as the DICOM SEG of what is absent now."""
-        for part, suffix in itertools.product(self.parts, (".png", ".nii.gz", ".dcm")):
+        for part, suffix in itertools.product(self.parts, (".png", ".tif", ".nii.gz", ".dcm")):
             name = f"{case.stem}_{part}{suffix}"
             if name not in files:
                 (output / name).unlink(missing_ok=True)

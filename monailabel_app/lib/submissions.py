@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,17 @@ def named(labels: np.ndarray, label_info: Any) -> tuple[np.ndarray, dict[str, in
     return table[labels], {name: value for name, value in names.items() if name not in (*STROKES, "background")}
 
 
-def values_of_all(submissions: list[Submission], before: Collection[str] = ()) -> dict[str, int]:
-    """Name -> value 1.. of every label of all submissions.
+def values_of_all(submissions: list[Submission], before: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Name -> value of every label of all submissions, ordered by value.
 
     Args:
         submissions: in whose order names first appear.
-        before: names that have values already; they come first, in that order, so that viewers that were told so stay right.
+        before: name -> value of those that have one already. They keep it and nobody else gets it while there are others, so that
+            viewers that were told so stay right.
     """
-    names = dict.fromkeys(name for one in submissions for name in one.names)
-    ordered = [*(name for name in before if name in names), *(name for name in names if name not in before)]
-    return {name: value for value, name in enumerate(ordered, start=1)}
+    names, before = dict.fromkeys(name for one in submissions for name in one.names), before or {}
+    kept = {name: value for name, value in before.items() if name in names}
+    top = max(before.values(), default=0)
+    free = iter([*range(top + 1, 256), *(value for value in range(1, top + 1) if value not in kept.values())])
+    new = dict(zip((name for name in names if name not in kept), free, strict=False))
+    return dict(sorted({**kept, **new}.items(), key=lambda item: item[1]))

@@ -12,7 +12,17 @@ from PIL import Image as PILImage
 
 from bad_inputs import OBLIQUE, bundled, ct_series, gray, write_nifti, write_odd
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import Image, atomic_path, find_cases, read_image, write_confidence, write_map, write_mask
+from zeroseg.io import (
+    Image,
+    atomic_path,
+    check_same_grid,
+    find_cases,
+    read_image,
+    without_shear,
+    write_confidence,
+    write_map,
+    write_mask,
+)
 
 GEOMETRY = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -230,3 +240,17 @@ def test_maps_keep_their_range(tmp_path):
         write_map(image, np.full(image.shape, np.nan), tmp_path / "bad")
     with pytest.raises(ValueError, match="has shape"):
         write_map(image, flat[1:], tmp_path / "bad")
+
+
+def test_a_mask_of_slices_stacked_straight_lies_on_the_grid_of_a_tilted_gantry():
+    tilted = np.array([[0.8, 0, 0, 4], [0, 0.8, 1.3, 5], [0, 0, 4.8, -7], [0, 0, 0, 1]])
+    straight, shape = without_shear(tilted), (12, 12, 6)
+    assert not np.allclose(straight, tilted, atol=0.1)
+    for affine in (tilted, straight, tilted + 1e-3):
+        check_same_grid("the mask", shape, affine, shape, tilted)
+    for affine in (np.diag([-1.0, 1, 1, 1]) @ tilted, tilted + 0.1):
+        with pytest.raises(ZeroSegError, match="another affine"):
+            check_same_grid("the mask", shape, affine, shape, tilted)
+    # What was drawn on the exact geometry of an upright series does not lie on that of a tilted one.
+    with pytest.raises(ZeroSegError, match="another affine"):
+        check_same_grid("the mask", shape, tilted, shape, straight)

@@ -134,7 +134,8 @@ def test_segments_of_one_name_are_one_label_and_values_last(store, engine):
     known = {"lesion": 1, "label 3": 2, "cyst": 3}
     assert values_of_all([every["b"], every["a"]], known) == known
     assert values_of_all([every["b"], every["a"]]) == {"cyst": 1, "lesion": 2, "label 3": 3}
-    assert values_of_all([every["b"]], {"gone": 1, "lesion": 2}) == {"lesion": 1, "cyst": 2, "label 3": 3}
+    assert values_of_all([every["b"]], {"gone": 1, "lesion": 2, "went": 3}) == {"lesion": 2, "cyst": 4, "label 3": 5}
+    assert values_of_all([every["b"]], {"lesion": 255}) == {"cyst": 1, "label 3": 2, "lesion": 255}
 
 
 @pytest.fixture

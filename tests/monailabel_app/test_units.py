@@ -32,7 +32,7 @@ from phantom_studies import OBJECT, SHAPE, phantom, write_series
 from zeroseg.attention import Segmentation
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.inferer import AttentionSegmentationInferer
-from zeroseg.io import Image, find_cases, read_image
+from zeroseg.io import Image, find_cases, read_image, without_shear
 
 
 @pytest.mark.parametrize(
@@ -469,3 +469,12 @@ def test_a_folder_of_several_series_is_refused_by_name(tmp_path):
     write_series(tmp_path / "mixed" / "b", phantom())
     with pytest.raises(ZeroSegError, match="holds 2 images"):
         write_twin(tmp_path / "mixed", tmp_path / "x.nii.gz")
+
+
+def test_a_mask_drawn_on_slices_stacked_straight_stays_in_its_slices():
+    affine = np.array([[0.8, 0, 0, 4], [0, 0.8, 1.3, 5], [0, 0, 4.8, -7], [0, 0, 0, 1]])
+    labels = np.zeros((10, 10, 5), np.float32)
+    labels[3:6, 3:6, :] = 1
+    image = Image(np.zeros((1, 10, 10, 5), np.float32), affine)
+    mask = Image(labels[None], without_shear(affine))
+    np.testing.assert_array_equal(dicom_seg.on_grid(mask, image), labels)

@@ -4,7 +4,7 @@ from zeroseg.hashing import file_sha256
 from zeroseg.io.decoding import one_line
 from zeroseg.io.dicom_seg import write_dicom_seg
 from zeroseg.io.finding import Case, find_cases
-from zeroseg.io.image import Image, check_same_grid, slice_affine
+from zeroseg.io.image import Image, check_same_grid, same_place, slice_affine, without_shear
 from zeroseg.io.intensity import to_unit_range
 from zeroseg.io.manifest import versions, write_json
 from zeroseg.io.overlay import contact_html, contact_sheet, draw_overlay, overlay_slices
@@ -33,11 +33,13 @@ __all__ = [
     "overlay_slices",
     "read_image",
     "remove_unfinished",
+    "same_place",
     "slice_affine",
     "sole_writer",
     "staged",
     "to_unit_range",
     "versions",
+    "without_shear",
     "write_confidence",
     "write_dicom_seg",
     "write_json",

@@ -71,6 +71,25 @@ class Image:
         return ".nii.gz" if self.is_volume else ".png"
 
 
+def without_shear(affine: np.ndarray) -> np.ndarray:
+    """The affine with its third axis along the slice normal: what a qform, and readers built on ITK, can hold.
+
+    Only series of a tilted gantry change by it: their slices appear stacked straight. The sform keeps the exact
+    geometry.
+    """
+    x, y, z = affine[:3, :3].T
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    straight = affine.copy()
+    straight[:3, 2] = np.copysign(np.linalg.norm(z), normal @ z) * normal
+    return straight
+
+
+def same_place(affine: np.ndarray, image_affine: np.ndarray) -> bool:
+    """Whether the affine of a mask is that of its image, to 0.01 mm; or that of its slices stacked straight, as programs built on ITK
+    have it of a series of a tilted gantry."""
+    return any(np.allclose(affine, one, atol=1e-2) for one in (image_affine, without_shear(image_affine)))
+
+
 def check_same_grid(
     what: str,
     shape: Sequence[int],
@@ -86,13 +105,13 @@ def check_same_grid(
         image_shape, image_affine: of the image, likewise.
 
     Raises:
-        ZeroSegError: the shapes differ, or both have an affine and these differ by more than 0.01 mm.
+        ZeroSegError: the shapes differ, or both have an affine and these are not of the ``same_place``.
     """
     if tuple(shape) != tuple(image_shape):
         raise ZeroSegError(
             f"{what} has the shape {tuple(shape)}, the image {tuple(image_shape)}: they must be equal, save it on the image's own grid"
         )
-    if affine is not None and image_affine is not None and not np.allclose(affine, image_affine, atol=1e-2):
+    if affine is not None and image_affine is not None and not same_place(affine, image_affine):
         raise ZeroSegError(
             f"{what} has another affine than the image, so it lies elsewhere or is stored in another orientation: "
             "save it in the image's own geometry"

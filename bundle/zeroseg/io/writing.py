@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from zeroseg.errors import ZeroSegError
-from zeroseg.io.image import Image
+from zeroseg.io.image import Image, without_shear
 
 if sys.platform != "win32":
     import fcntl
@@ -225,26 +225,13 @@ def _write(image: Image, data: np.ndarray, path: str | os.PathLike, intent: str,
     return path
 
 
-def _without_shear(affine: np.ndarray) -> np.ndarray:
-    """The affine with its third axis along the slice normal: what a qform, and readers built on ITK, can hold.
-
-    Only series of a tilted gantry change by it: their slices appear stacked straight. The sform keeps the exact
-    geometry.
-    """
-    x, y, z = affine[:3, :3].T
-    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
-    straight = affine.copy()
-    straight[:3, 2] = np.copysign(np.linalg.norm(z), normal @ z) * normal
-    return straight
-
-
 def _nifti(image: Image, data: np.ndarray, intent: str) -> nib.Nifti1Image:
     if image.affine is None:
         raise ValueError("a NIfTI file needs an affine, and the image has none")
     if image.header is None:
         nifti = nib.Nifti1Image(data, image.affine)
         nifti.set_sform(image.affine, code="scanner")
-        nifti.set_qform(_without_shear(image.affine), code="scanner")
+        nifti.set_qform(without_shear(image.affine), code="scanner")
         nifti.header.set_xyzt_units("mm")
     else:
         header = image.header.copy()

@@ -138,18 +138,22 @@ document.addEventListener('change', event => {
     Object.assign(row.lastChild, { value, name: `segment-${index}` });
     return row;
   };
-  const save = async (dialog, voxels, names, rtstruct) => {
-    const panel = zerosegComponent(document.querySelector('.monaiLabelPanel'), 'getActiveViewportInfo');
-    const series = panel.getActiveViewportInfo().displaySet.SeriesInstanceUID;
+  const save = async (dialog, series, voxels, names, rtstruct) => {
+    const button = dialog.querySelector('[type=submit]');
+    button.disabled = true;
     const form = new FormData();
     const label_info = names.map(([idx, name]) => ({ idx, name }));
     form.append('params', JSON.stringify({ label_info, rtstruct }));
     form.append('label', new Blob([voxels]), 'label.bin');
     document.getElementById('zeroseg-message')?.remove();
-    const answer = await fetch(`/datastore/label?image=${encodeURIComponent(series)}&tag=final`, { method: 'PUT', body: form });
-    if (answer.ok) zerosegShow(`saved ${names.map(([, name]) => name).join(', ')} in the study`, '#1f5c2e');
-    else zerosegShow((await answer.json().catch(() => ({}))).detail ?? `the server answered ${answer.status}`);
-    dialog.remove();
+    const request = fetch(`/datastore/label?image=${encodeURIComponent(series)}&tag=final`, { method: 'PUT', body: form });
+    const answer = await request.catch(error => ({ json: async () => ({ detail: `not saved: ${error.message}` }) }));
+    if (answer.ok) {
+      zerosegShow(`saved ${names.map(([, name]) => name).join(', ')} in the study`, '#1f5c2e');
+      return dialog.remove();
+    }
+    zerosegShow((await answer.json().catch(() => ({}))).detail ?? `the server answered ${answer.status}`);
+    button.disabled = false;
   };
   const ask = () => {
     const voxels = held();
@@ -157,6 +161,8 @@ document.addEventListener('change', event => {
     if (!present.length) return zerosegShow('there is no segment to save: draw or run one first');
     const segments = window.services.segmentationService.getSegmentations()[0].config.segments;
     const panel = zerosegComponent(document.querySelector('.monaiLabelPanel'), 'getActiveViewportInfo');
+    // Of what is on screen now: another viewport may be the active one when the names are given.
+    const series = panel.getActiveViewportInfo().displaySet.SeriesInstanceUID;
     const dialog = document.createElement('form');
     dialog.id = 'zeroseg-save';
     dialog.style.cssText =
@@ -173,7 +179,7 @@ document.addEventListener('change', event => {
     dialog.onsubmit = event => {
       event.preventDefault();
       const names = present.map(index => [index, dialog.elements[`segment-${index}`].value.trim() || `segment ${index}`]);
-      save(dialog, voxels, names, dialog.elements.rtstruct.checked);
+      save(dialog, series, voxels, names, dialog.elements.rtstruct.checked);
     };
     // OHIF's keyboard shortcuts.
     dialog.addEventListener('keydown', event => event.stopPropagation());
