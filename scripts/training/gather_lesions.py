@@ -16,6 +16,9 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
+from zeroseg.errors import ZeroSegError
+from zeroseg.io import check_same_grid
+
 
 def read(path: Path) -> nib.Nifti1Image:
     """A volume as it is; a picture as grey values of one slice."""
@@ -44,9 +47,12 @@ def main(argv: list[str] | None = None) -> None:
             mask = np.zeros(image.shape[:3], np.uint8)
         else:
             (found,) = (args.folder / "masks").glob(f"{stem}.*")
-            mask = (np.asarray(read(found).dataobj) > 0).astype(np.uint8)
-            if mask.shape != image.shape[:3]:
-                raise SystemExit(f"{found} is {mask.shape}, its image {image.shape[:3]}")
+            drawn = read(found)
+            mask = (np.asarray(drawn.dataobj) > 0).astype(np.uint8)
+            try:
+                check_same_grid(str(found), mask.shape, drawn.affine, image.shape[:3], image.affine)
+            except ZeroSegError as error:
+                raise SystemExit(str(error)) from None
         nib.save(image, args.out / "images" / f"{stem}.nii.gz")
         nib.save(nib.Nifti1Image(mask, image.affine), args.out / "masks" / f"{stem}.nii.gz")
 

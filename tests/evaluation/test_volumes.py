@@ -190,7 +190,7 @@ def test_a_bad_case_is_reported_and_the_others_are_evaluated(dataset, model, tmp
     assert run(dataset, model, tmp_path / "out", "--stages", "aova") == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [f["case"] for f in summary["settings"]["failed"]] == ["a"] and summary["protocols"]["tumor"]["n"] == 1
-    assert "the mask is 5x5x5, its image 24x24x24" in capsys.readouterr().err
+    assert "has the shape (5, 5, 5), the image (24, 24, 24)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,3 +222,12 @@ def test_missing_folders_are_refused():
 def test_rates_by_kind():
     answers = [{"kind": "healthy", "absent": True}, {"kind": "healthy", "absent": False}]
     assert absent_rates(answers) == {"healthy": {"n": 2, "absent": 1, "rate": 0.5}}
+
+
+def test_a_mask_that_lies_elsewhere_is_not_scored(dataset):
+    pair = find_pairs(dataset / "images", dataset / "masks", dataset / "out")[0][0]
+    path = pair[1].paths[0]
+    mask = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj), np.diag([-1.0, 1, 1, 1]) @ mask.affine), path)
+    with pytest.raises(ZeroSegError, match="another affine"):
+        load_volume(*pair, "ct")

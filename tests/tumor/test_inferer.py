@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny
     answer = session.answer([VolumeEvent(((*click, 1),))])
     main, votes, total = largest_component(words), np.zeros(words.shape), 0.0
     for k, estimate in enumerate(answer.estimates):
-        candidate = answer.whole(words.shape, k)
+        candidate = replace(answer, shown=k).whole(words.shape)
         weight = estimate * np.count_nonzero(candidate & main) / np.count_nonzero(candidate | main)
         votes, total = votes + weight * candidate, total + weight
     np.testing.assert_array_equal(found.labels > 0, votes / total > 0.5)
@@ -147,6 +148,23 @@ def test_other_settings_share_the_models(make):
     assert other.backbone is inferer.backbone
     with pytest.raises(TypeError, match="no setting 'treshold'"):
         inferer.replace(treshold=0.3)
+
+
+def test_other_adapters_are_loaded_and_named(make, tiny_tumor_model, tmp_path):
+    inferer = make().load()
+    other = inferer.replace(adapters=str(tmp_path / "nowhere"))
+    with pytest.raises(WeightsError, match="nowhere"):
+        other.check()
+    assert inferer.replace(steps=3)._adapters is inferer._adapters
+
+
+def test_every_volume_of_a_batch_has_its_own_affine(make, volume):
+    inferer = make(stages=("aova",), modality="ct")
+    affines = torch.stack([torch.diag(torch.tensor([3.0, 3, z, 1])) for z in (3.0, 6.0)])
+    batch = torch.as_tensor(np.stack([volume, volume]))
+    masks = inferer(MetaTensor(batch, affine=affines))
+    for mask, affine in zip(masks, affines, strict=True):
+        np.testing.assert_array_equal(mask[0].numpy(), inferer.segment(volume, affine.numpy(), "ct").labels)
 
 
 def test_encode_once_prompt_often(make, volume, monkeypatch):
@@ -449,6 +467,13 @@ class TestOwnAdapters:
         parts = [one.maps(encoded, **asked).aova for one in (own, general)]
         together = inferer.maps(encoded, **asked).aova
         torch.testing.assert_close(together.margin, parts[0].margin + parts[1].margin)
+        # In PET the general ones weigh a quarter.
+        encoded = inferer.encode(volume, AFFINE, "pet", "thigh")
+        own, general = inferer._of("limb", "pet"), inferer.replace()
+        own._beside = None
+        general._of = lambda organ, modality: general
+        pet = [one.maps(encoded, **asked).aova.margin for one in (own, general)]
+        torch.testing.assert_close(inferer.maps(encoded, **asked).aova.margin, pet[0] + pet[1] / 4)
         # Whether there is one at all is said by the limbs' own.
         assert together.image_logit == pytest.approx(parts[0].image_logit)
         assert "adapters" not in inferer.segment(volume, AFFINE, "mr", "limb").details

@@ -191,3 +191,10 @@ def test_the_lungs_of_a_volume_are_looked_into_once(tiny_tumor_model, tiny_maisi
         inferer.predict(replace(encoded, seconds={}), "lung", tumor)
     inferer.predict(encoded, "lung", "lung tumour")
     assert len(looked) == 1
+
+
+def test_whole_numbers_are_understood(ask, chest):
+    scan = with_tumour(chest, ball(80, 0, 20, 15)).round()
+    whole = ask(scan.astype(np.int16))
+    assert not whole.absent
+    np.testing.assert_array_equal(whole.labels, ask(scan.astype(np.float32)).labels)

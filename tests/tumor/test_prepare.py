@@ -195,3 +195,12 @@ def test_what_is_no_volume_is_refused(volume, affine, message):
     with pytest.raises(ZeroSegError, match=message) as error:
         prepare(volume, affine, "ct")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_slice_whose_own_axis_runs_backwards(axis):
+    shape, sides = [20, 18, 16], [4.0, 4.0, 4.0, 1.0]
+    shape[axis], sides[axis] = 1, -4.0
+    prepared = prepare(torch.rand(1, *shape), np.diag(sides), "pet")
+    back = prepared.to_input(prepared.volume[0, 0])
+    assert back.shape == tuple(shape) and min(back.strides) >= 0

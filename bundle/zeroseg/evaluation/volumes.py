@@ -23,6 +23,7 @@ from zeroseg.evaluation.volume_metrics import METRICS, score_volume, tolerance_o
 from zeroseg.io import (
     Case,
     atomic_path,
+    check_same_grid,
     contact_html,
     contact_sheet,
     overlay_slices,
@@ -74,12 +75,10 @@ def load_volume(image_case: Case, mask_case: Case, modality: str | None) -> Volu
     """Read one pair; a 2-D image becomes a volume (C, H, W, 1).
 
     Raises:
-        ZeroSegError: a file cannot be read, or the mask is of another size.
+        ZeroSegError: a file cannot be read, or the mask does not lie on the image's grid.
     """
     image, mask = read_image(image_case), read_image(mask_case)
-    if mask.shape != image.shape:
-        sizes = ("x".join(map(str, shape)) for shape in (mask.shape, image.shape))
-        raise ZeroSegError("{}: the mask is {}, its image {}".format(mask_case.paths[0], *sizes))
+    check_same_grid(f"the mask {mask_case.paths[0]}", mask.shape, mask.affine, image.shape, image.affine)
     values, unit, truth = image.array, to_unit_range(image), (mask.array != 0).any(axis=0)
     spacing, affine = image.spacing or (1.0,) * truth.ndim, image.affine
     if not image.is_volume:
@@ -298,7 +297,9 @@ def evaluate_volumes(
             volume = load_volume(pair[0], pair[1], own.pop("modality"))
             allowed = tolerance or tolerance_of(volume.spacing)
             with changed(inferer, **own):
-                scored, absent, predictions[stem] = run_volume(inferer, volume, asked, allowed, nonsense)
+                scored, absent, mask = run_volume(inferer, volume, asked, allowed, nonsense)
+            # Bits, for three of all will be shown.
+            predictions[stem] = np.packbits(mask)
             scored += run_baselines(volume, allowed) if scored else []
         except ZeroSegError as error:
             failed.append({"case": stem, "error": str(error)})
@@ -340,7 +341,8 @@ def evaluate_volumes(
     for place, row in best_median_worst([row for row in rows if row["protocol"] == "tumor"]) if rows else ():
         title = f"{name}, {place}: {row['case']}, Dice {row['dice']:.3f}"
         volume = load_volume(*cases[row["case"]], modality)
-        entries.append((title, picture(volume, predictions[row["case"]], title)))
+        mask = np.unpackbits(predictions[row["case"]], count=volume.truth.size).reshape(volume.truth.shape)
+        entries.append((title, picture(volume, mask, title)))
     if entries:
         contact_html(entries, out / "report.html", title=f"ZeroSeg on {name}: tumour by text")
         contact_sheet(entries, out / "report.png")

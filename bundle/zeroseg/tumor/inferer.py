@@ -31,7 +31,7 @@ from zeroseg.tumor.adapters import AovaAdapters
 from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_features, healthy_margin_loss, load_adapters
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.lungs import SURE, Nodule, find_nodule
-from zeroseg.tumor.prepare import Prepared, prepare
+from zeroseg.tumor.prepare import Prepared, forwards, prepare
 from zeroseg.tumor.prompts import (
     ANY_TUMOUR,
     MODALITIES,
@@ -118,7 +118,8 @@ class EncodedVolume:
         if self.scan is None or prepared.to_hu is None:
             raise ValueError("the encoding was made without its scan, or its HU are not known")
         slope, intercept = prepared.to_hu
-        hu = prepared.shrunk(self.scan.mean(0).float().numpy() * np.float32(slope) + np.float32(intercept)).numpy()
+        values = self.scan.float().mean(0).cpu().numpy()
+        hu = prepared.shrunk(values * np.float32(slope) + np.float32(intercept)).numpy()
         found = find_nodule(hu, prepared.spacing)
         if found is None or found.score < SURE:
             return None
@@ -284,6 +285,9 @@ class TumorSegmentationInferer(Inferer):
             if name.startswith("_") or name not in vars(self):
                 raise TypeError(f"the inferer has no setting {name!r}")
             setattr(other, name, value)
+        if {"adapters", "backbone", "text_encoder"} & set(settings):
+            # Those that are loaded belong to what was before.
+            other._adapters, other._own_adapters = None, {}
         return other
 
     def check(self) -> None:
@@ -425,9 +429,7 @@ class TumorSegmentationInferer(Inferer):
             reader = self._of(self._words(organ, None)[0], prepared.modality)
             # Those that read windows come first: with their latent the others need none.
             features = self._read(prepared, reader._beside or reader._loaded)
-        scan = (
-            volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(np.ascontiguousarray(volume))
-        )
+        scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(forwards(volume))
         encoded = EncodedVolume(prepared, features, seconds, scan, affine, {features.reader: features})
         return reader._own(encoded, seconds)
 
@@ -663,7 +665,7 @@ class TumorSegmentationInferer(Inferer):
         Args:
             inputs: (B, 1, X, Y, Z) volumes, or (B, 1, H, W) images, in the scan's own units.
             network: ignored; the frozen backbone is the inferer's own.
-            **kwargs: ``affine`` of all volumes of the batch, ``modality``, ``organ``, ``tumor``.
+            **kwargs: ``affine`` of all volumes of the batch, (4, 4), or of each, (B, 4, 4), ``modality``, ``organ``, ``tumor``.
 
         Returns:
             (B, 1, X, Y, Z) or (B, 1, H, W) uint8, 1 where the tumour is.
@@ -676,11 +678,11 @@ class TumorSegmentationInferer(Inferer):
         affine = kwargs.pop("affine", None)
         if affine is None and isinstance(inputs, MetaTensor):
             affine = np.asarray(inputs.affine)
-            affine = affine[0] if affine.ndim == 3 else affine
+        affines = list(affine) if np.ndim(affine) == 3 else [affine] * len(inputs)
         masks = []
-        for volume in inputs.as_subclass(Tensor):
+        for volume, one in zip(inputs.as_subclass(Tensor), affines, strict=True):
             volume = volume[..., None] if inputs.ndim == 4 else volume
-            mask = self.segment(volume, affine, **kwargs).labels
+            mask = self.segment(volume, one, **kwargs).labels
             masks.append(torch.from_numpy(mask[..., 0] if inputs.ndim == 4 else mask)[None])
         return torch.stack(masks).to(inputs.device)
 

@@ -205,7 +205,7 @@ class Prepared:
         back = nib.orientations.ornt_transform(_RAS, self.orientation)
         size = [self.shape[axis] for axis in np.argsort(self.orientation[:, 0])]  # the input's sides in RAS order
         values = _resize(values, size, "nearest-exact" if is_mask else "trilinear").numpy()
-        values = np.ascontiguousarray(nib.orientations.apply_orientation(values, back))
+        values = forwards(nib.orientations.apply_orientation(values, back))
         return values > 0.5 if is_mask else values
 
     def from_input(self, mask: np.ndarray) -> Tensor:
@@ -328,12 +328,18 @@ def _working_size(
     return [max(1, round(w * factor)) if n in spread else 1 for n, w in enumerate(wanted)], notes
 
 
+def forwards(values: np.ndarray) -> np.ndarray:
+    """Contiguous and with no axis stored backwards, which torch refuses; an axis of one voxel numpy leaves so."""
+    values = np.ascontiguousarray(values)
+    return values.copy() if any(stride < 0 for stride in values.strides) else values
+
+
 def _shrink(values: np.ndarray, size: Sequence[int]) -> Tensor:
     """(X, Y, Z) -> ``size``, smoothed by half the reduction along each axis that shrinks; axes that grow are not."""
     sigma = [max(0.0, (n / m - 1) / 2) for n, m in zip(values.shape, size, strict=True)]
     if any(sigma):
         values = ndimage.gaussian_filter(values, sigma, mode="nearest")
-    return _resize(torch.from_numpy(np.ascontiguousarray(values)), size, "trilinear")
+    return _resize(torch.from_numpy(forwards(values)), size, "trilinear")
 
 
 def _resize(values: Tensor, size: Sequence[int], mode: str) -> Tensor:

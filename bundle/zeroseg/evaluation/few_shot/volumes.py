@@ -15,7 +15,7 @@ from zeroseg.errors import ZeroSegError
 from zeroseg.evaluation.few_shot.neighbours import Neighbours
 from zeroseg.evaluation.few_shot.plan import Answer, Plan, budget, decided, mask_alone, trained_unet
 from zeroseg.evaluation.volume_baselines import otsu
-from zeroseg.io import Case, read_image, to_unit_range
+from zeroseg.io import Case, check_same_grid, read_image, to_unit_range
 from zeroseg.learning.cases import Case as LabelledCase
 from zeroseg.learning.cases import labelled_volumes
 from zeroseg.learning.fitting import BATCH, fit_volumes
@@ -52,6 +52,7 @@ def read_volume(pair: tuple[Case, Case]) -> ReadVolume:
         ZeroSegError: a file cannot be read, is no deep volume, or they do not fit.
     """
     image, mask = (read_image(case) for case in pair)
+    check_same_grid(f"the mask {pair[1].paths[0]}", mask.shape, mask.affine, image.shape, image.affine)
     truth = (mask.array != 0).any(axis=0)
     if not is_volume(truth.shape):
         raise ZeroSegError(f"{pair[0].paths[0]}: too flat to be learned from as a whole")
