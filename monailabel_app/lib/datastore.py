@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
+from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -25,6 +25,7 @@ from pydicom.dataset import Dataset
 from lib import rtstruct
 from lib.mends import dicom_seg, fetching
 from lib.mends.errors import Refused, hide, is_name
+from lib.mends.storing import Storing, copy, is_listed
 from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import atomic_path, find_cases, read_image, staged
@@ -58,7 +59,7 @@ def is_slice(file: Path) -> bool:
     return "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1
 
 
-class FolderDatastore(LocalDatastore):
+class FolderDatastore(Storing):
     """MONAI Label's folder datastore; a subfolder that holds a DICOM series is an image as well, named after the folder.
 
     It serves and writes images and masks inside its folder only: no links that leave it, no files of other kinds, which
@@ -72,11 +73,10 @@ class FolderDatastore(LocalDatastore):
 
     def _list_files(self, path, patterns):
         suffixes = tuple(pattern.removeprefix("*") for pattern in patterns)
-        found = {name: name for name in os.listdir(path) if name.lower().endswith(suffixes)}
+        names = [name for name in os.listdir(path) if is_listed(name)]
+        found = {name: name for name in names if name.lower().endswith(suffixes)}
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
-            folders = [
-                p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "labels"
-            ]
+            folders = [p for p in (Path(path) / name for name in names) if p.is_dir() and p.name != "labels"]
             found |= {p.name: p.name for p in folders if not self._leaves(str(p)) and holds_dicom(p)}
         return {name: file for name, file in found.items() if not self._leaves(os.path.join(path, file))}
 
@@ -95,8 +95,7 @@ class FolderDatastore(LocalDatastore):
         if is_slice(Path(image_filename)):
             folder = Path(self._datastore_path) / HEADERS
             folder.mkdir(exist_ok=True)
-            with atomic_path(folder / f"{image_id}.dcm") as part:
-                shutil.copyfile(image_filename, part)
+            copy(image_filename, folder / f"{image_id}.dcm")
             return image_id
         return super().add_image(image_id, image_filename, image_info)
 
@@ -172,7 +171,7 @@ def search_filter() -> dict[str, Any]:
     return {"Modality": list(SHOWN_MODALITIES)}
 
 
-class StudyDatastore(DICOMWebDatastore):
+class StudyDatastore(DICOMWebDatastore, Storing):
     """MONAI Label's DICOMweb datastore with several modalities, a fresh list of series, and errors that say what is wrong.
 
     Args:
@@ -215,7 +214,7 @@ class StudyDatastore(DICOMWebDatastore):
                     of_seg[series] = str(referred[0].SeriesInstanceUID) if referred else None
             self._labelled = time.monotonic(), of_seg
         known = self.list_images()
-        labelled = {*LocalDatastore.get_labeled_images(self), *self._labelled[1].values()}
+        labelled = {*Storing.get_labeled_images(self), *self._labelled[1].values()}
         return [image for image in known if image in labelled]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:

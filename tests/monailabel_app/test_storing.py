@@ -1,0 +1,84 @@
+"""The table of images, and the files beside it, under full disks, several users and odd folders; no server."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+pytest.importorskip("monailabel")
+
+from lib.datastore import FolderDatastore
+from lib.mends import storing
+from zeroseg.errors import ZeroSegError
+
+NAMES = {"label_info": [{"name": "liver", "idx": 1}]}
+
+
+def volume(path: Path, value: int = 1) -> Path:
+    nib.save(nib.Nifti1Image(np.full((4, 4, 4), value, np.uint8), np.eye(4)), path)
+    return path
+
+
+def until(true, seconds: float = 20) -> bool:
+    """Whether something becomes true while one waits: the watcher of a folder is a thread of its own."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "studies").mkdir()
+    volume(tmp_path / "studies" / "v.nii.gz")
+    return tmp_path / "studies"
+
+
+def test_a_full_disk_cuts_neither_table_nor_label(folder, tmp_path, monkeypatch):
+    store = FolderDatastore(str(folder), auto_reload=False)
+    store.save_label("v", str(volume(tmp_path / "a.nii.gz")), "final", NAMES)
+    label, table = folder / "labels" / "final" / "v.nii.gz", folder / "datastore_v2.json"
+    before, full = (label.read_bytes(), table.read_bytes()), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def breaks_off(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:40])
+        raise full
+
+    with monkeypatch.context() as disk:
+        disk.setattr(storing.shutil, "copyfile", breaks_off)
+        for attempt in (
+            lambda: store.save_label("v", str(volume(tmp_path / "b.nii.gz", 2)), "final", NAMES),
+            lambda: store.add_image("w", str(tmp_path / "b.nii.gz"), {}),
+        ):
+            with pytest.raises(ZeroSegError, match="No space"):
+                attempt()
+    with monkeypatch.context() as disk:
+        disk.setattr(
+            Path, "write_text", lambda path, text: path.write_bytes(text[:40].encode()) and breaks_off(path, path)
+        )
+        with pytest.raises(ZeroSegError, match="No space"):
+            store.update_image_info("v", {"strategy": {"first": {"ts": 1}}})
+    assert (label.read_bytes(), table.read_bytes()) == before
+    assert not list(folder.rglob(".zeroseg-*")) and not (folder / "w.nii.gz").exists()
+    assert FolderDatastore(str(folder), auto_reload=False).get_label_info("v", "final")["label_info"]
+
+
+def test_files_that_are_renamed_into_place_are_seen_and_hidden_ones_are_not(folder):
+    store = FolderDatastore(str(folder))
+    volume(folder / ".part.nii.gz")
+    store.refresh()
+    assert store.list_images() == ["v"]
+    (folder / ".part.nii.gz").rename(folder / "w.nii.gz")
+    assert until(lambda: sorted(store.list_images()) == ["v", "w"])
+    # As a batch does, in a process of its own.
+    other = FolderDatastore(str(folder), auto_reload=False)
+    other.update_image_info("w", {"of": "another process"})
+    assert until(lambda: store.get_image_info("w").get("of") == "another process")
+    assert json.loads((folder / "datastore_v2.json").read_text())["objects"]["w"]["image"]["info"]["of"]
