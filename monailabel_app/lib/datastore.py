@@ -12,7 +12,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import DataModel, ImageLabelModel
@@ -246,12 +245,12 @@ class StudyDatastore(DICOMWebDatastore, Storing):
             cause = str(error).strip().splitlines()[-1]
             raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error
         info = {"ts": int(time.time()), "name": nifti.name, **self._dicom_info(image_id)}
-        # Not by add_image, which copies into the place itself: others would see half a file.
         with staged(nifti.parent) as stage:
             shutil.move(made, stage / nifti.name)
-        with FileLock(self._lock_file):
+        with self.turn:
+            self._init_from_datastore_file()
             self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=".nii.gz"))
-            self._update_datastore_file(lock=False)
+            self._update_datastore_file()
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """As MONAI Label's, which fetches a final label.

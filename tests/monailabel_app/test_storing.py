@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -76,9 +77,46 @@ def test_files_that_are_renamed_into_place_are_seen_and_hidden_ones_are_not(fold
     store.refresh()
     assert store.list_images() == ["v"]
     (folder / ".part.nii.gz").rename(folder / "w.nii.gz")
-    assert until(lambda: sorted(store.list_images()) == ["v", "w"])
+    assert until(lambda: "w" in json.loads((folder / "datastore_v2.json").read_text())["objects"])
     # As a batch does, in a process of its own.
     other = FolderDatastore(str(folder), auto_reload=False)
     other.update_image_info("w", {"of": "another process"})
     assert until(lambda: store.get_image_info("w").get("of") == "another process")
-    assert json.loads((folder / "datastore_v2.json").read_text())["objects"]["w"]["image"]["info"]["of"]
+
+
+def test_what_another_process_wrote_into_the_table_is_kept(folder):
+    server, batch = (FolderDatastore(str(folder), auto_reload=False) for _ in range(2))
+    server.update_image_info("v", {"of": "the server"})
+    batch.update_image_info("v", {"too": "the batch"})
+    known = FolderDatastore(str(folder), auto_reload=False).get_image_info("v")
+    assert (known["of"], known["too"]) == ("the server", "the batch")
+
+
+def test_an_image_that_comes_while_the_folder_is_looked_through_is_kept(folder, tmp_path, monkeypatch):
+    store = FolderDatastore(str(folder), auto_reload=False)
+    file = str(volume(tmp_path / "w.nii.gz"))
+    user = threading.Thread(target=lambda: store.add_image("w", file, {"of": "a user"}))
+
+    def filename(self, name, extension):
+        if not user.ident:
+            user.start()
+            # Long enough to add it, were it not for its turn.
+            user.join(0.5)
+        return name + extension
+
+    monkeypatch.setattr(FolderDatastore, "_filename", filename)
+    store.refresh()
+    user.join()
+    assert sorted(store.list_images()) == ["v", "w"] and store.get_image_info("w")["of"] == "a user"
+    assert store.status() == {"total": 2, "completed": 0, "label_tags": {}}
+
+
+def test_the_folder_is_watched_on_after_a_look_that_failed(folder, monkeypatch):
+    store = FolderDatastore(str(folder))
+    failed = []
+    with monkeypatch.context() as disk:
+        disk.setattr(FolderDatastore, "_list_files", lambda *_: failed.append(1) or os.listdir(folder / "gone"))
+        volume(folder / "w.nii.gz")
+        assert until(lambda: failed)
+    volume(folder / "x.nii.gz")
+    assert until(lambda: sorted(store.list_images()) == ["v", "w", "x"])
