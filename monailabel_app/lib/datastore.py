@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -31,6 +32,8 @@ from zeroseg.io import atomic_path, find_cases, read_image, staged
 from zeroseg.io.limits import leaves
 from zeroseg.io.sniffing import sniff
 
+logger = logging.getLogger(__name__)
+
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
 
 HEADERS = ".dicom"
@@ -43,9 +46,13 @@ LIST_SECONDS = 10
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether the first file of a folder, by name, is DICOM."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return bool(files) and sniff(files[0]) == "dicom"
+    """Whether the first file of a folder, by name, is DICOM; not where it may not be read (lost+found), or is gone."""
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        return bool(files) and sniff(files[0]) == "dicom"
+    except OSError as error:
+        logger.info("%s is left out: %s", folder.name, error.strerror)
+        return False
 
 
 def is_slice(file: Path) -> bool:

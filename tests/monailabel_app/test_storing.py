@@ -120,3 +120,22 @@ def test_the_folder_is_watched_on_after_a_look_that_failed(folder, monkeypatch):
         assert until(lambda: failed)
     volume(folder / "x.nii.gz")
     assert until(lambda: sorted(store.list_images()) == ["v", "w", "x"])
+
+
+def test_names_that_are_not_utf8_and_folders_that_may_not_be_read_are_left_out(folder, monkeypatch, caplog):
+    try:
+        os.rename(volume(folder / "x.nii.gz"), os.fsencode(folder) + b"/\xdcber.nii.gz")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    (folder / "lost+found").mkdir()
+    real = os.listdir
+
+    def listdir(path="."):
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    # In place of permissions, which do not hold for root.
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert [FolderDatastore(str(folder), auto_reload=False).list_images() for _ in range(2)] == [["v"]] * 2
+    assert "not UTF-8" in caplog.text

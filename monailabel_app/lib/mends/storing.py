@@ -39,8 +39,15 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def is_listed(name: str) -> bool:
-    """Whether a file of that name can be an image or a label: hidden ones are not finished."""
-    return not name.startswith(".")
+    """Whether a file of that name can be an image or a label: hidden ones are not finished, and the table is UTF-8."""
+    if name.startswith("."):
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        logger.warning("%s is left out: its name is not UTF-8, rename it", ascii(name))
+        return False
+    return True
 
 
 def _in_turn(method: Callable, changes: bool = False) -> Callable:
