@@ -134,8 +134,7 @@ class FolderDatastore(Storing):
             return ""
         if not os.path.isdir(path):
             return path
-        twin = Path(self._datastore_path) / CONVERTED / f"{image_id}.nii.gz"
-        made_of = twin.with_name(f"{image_id}.stamp")
+        twin, made_of = self._twin(image_id)
         with self._converting:
             current = hashlib.sha256(repr(stamp(Path(path))).encode()).hexdigest()
             if not twin.is_file() or not made_of.is_file() or made_of.read_text() != current:
@@ -143,6 +142,19 @@ class FolderDatastore(Storing):
                 with atomic_path(made_of) as part:
                     part.write_text(current)
         return str(twin)
+
+    def _twin(self, image_id: str) -> tuple[Path, Path]:
+        """The NIfTI twin of a DICOM folder, and the stamp of what it was made of."""
+        folder = Path(self._datastore_path) / CONVERTED
+        return folder / f"{image_id}.nii.gz", folder / f"{image_id}.stamp"
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """As MONAI Label's; of a DICOM folder the path and the name of its twin, which ``get_image_uri`` makes."""
+        info = super().get_image_info(image_id)
+        if os.path.isdir(info.get("path", "")):
+            twin = self._twin(image_id)[0]
+            info |= {"path": str(twin), "name": twin.name}
+        return info
 
     def _to_id(self, file):
         if os.path.isdir(os.path.join(self._datastore.image_path(), file)):

@@ -17,6 +17,8 @@ pytest.importorskip("monailabel")
 
 from lib.datastore import FolderDatastore
 from lib.mends import storing
+from lib.strategies.plain import First
+from phantom_studies import phantom, write_series
 from zeroseg.errors import ZeroSegError
 
 NAMES = {"label_info": [{"name": "liver", "idx": 1}]}
@@ -139,3 +141,21 @@ def test_names_that_are_not_utf8_and_folders_that_may_not_be_read_are_left_out(f
     monkeypatch.setattr(os, "listdir", listdir)
     assert [FolderDatastore(str(folder), auto_reload=False).list_images() for _ in range(2)] == [["v"]] * 2
     assert "not UTF-8" in caplog.text
+
+
+def test_what_is_said_of_a_dicom_folder_is_a_file_that_viewers_can_load(folder, monkeypatch):
+    """As ``POST /activelearning/first`` answers: 3D Slicer loads ``path``, or downloads a file called ``name``."""
+    from monailabel.endpoints import activelearning
+    from monailabel.interfaces.app import MONAILabelApp
+
+    write_series(folder / "CT1", phantom())
+    (folder / "v.nii.gz").unlink()
+    store = FolderDatastore(str(folder), auto_reload=False)
+    assert not Path(store.get_image_info("CT1")["path"]).exists(), "asked of every image, it converts none"
+    app = MONAILabelApp.__new__(MONAILabelApp)
+    app._strategies, app._datastore, app._auto_update_scoring = {"first": First()}, store, False
+    monkeypatch.setattr(app, "info", dict)
+    monkeypatch.setattr(activelearning, "app_instance", lambda: app)
+    answer = activelearning.sample("first")
+    assert (answer["id"], answer["name"]) == ("CT1", "CT1.nii.gz")
+    assert answer["path"] == store.get_image_uri("CT1") and nib.load(answer["path"]).shape == phantom().shape
