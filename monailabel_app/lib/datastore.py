@@ -74,6 +74,7 @@ class FolderDatastore(Storing):
 
     def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
         self._converting = threading.Lock()
+        self._seen: dict[str, int] | None = None
         hide(folder)
         super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
 
@@ -82,9 +83,42 @@ class FolderDatastore(Storing):
         names = [name for name in os.listdir(path) if is_listed(name)]
         found = {name: name for name in names if name.lower().endswith(suffixes)}
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
+            # Before they are looked into: what changes meanwhile is looked into again.
+            self._seen = self._subfolders()
             folders = [p for p in (Path(path) / name for name in names) if p.is_dir() and p.name != "labels"]
             found |= {p.name: p.name for p in folders if not self._leaves(str(p)) and holds_dicom(p)}
         return {name: file for name, file in found.items() if not self._leaves(os.path.join(path, file))}
+
+    def _subfolders(self) -> dict[str, int] | None:
+        """Subfolder -> when files were added to it or removed last; what was seen before where the folder cannot be read now."""
+        try:
+            with os.scandir(self._datastore.image_path()) as entries:
+                return {e.name: e.stat().st_mtime_ns for e in entries if e.is_dir() and not e.name.startswith(".")}
+        except OSError:
+            return self._seen
+
+    def _look(self) -> None:
+        """See DICOM folders that came or went: MONAI Label watches for files alone."""
+        if self._auto_reload and self._seen is not None and self._subfolders() != self._seen:
+            self.refresh()
+
+    def list_images(self) -> list[str]:
+        """As MONAI Label's, with the DICOM folders that are there now."""
+        self._look()
+        return super().list_images()
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """As ``list_images``, those without a label."""
+        self._look()
+        return super().get_unlabeled_images(label_tag, labels)
+
+    def remove_image(self, image_id: str) -> None:
+        """As MONAI Label's; with a DICOM folder goes its twin."""
+        with self._converting:
+            super().remove_image(image_id)
+            for path in self._twin(image_id):
+                path.unlink(missing_ok=True)
+        self.refresh()
 
     def _leaves(self, path: str) -> bool:
         return leaves(Path(path), Path(self._datastore_path).resolve())

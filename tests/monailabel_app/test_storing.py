@@ -159,3 +159,21 @@ def test_what_is_said_of_a_dicom_folder_is_a_file_that_viewers_can_load(folder, 
     answer = activelearning.sample("first")
     assert (answer["id"], answer["name"]) == ("CT1", "CT1.nii.gz")
     assert answer["path"] == store.get_image_uri("CT1") and nib.load(answer["path"]).shape == phantom().shape
+
+
+def test_dicom_folders_come_and_go_while_the_server_runs(folder, tmp_path):
+    store = FolderDatastore(str(folder))
+    write_series(tmp_path / "CT1", phantom())
+    first, *others = sorted((tmp_path / "CT1").iterdir())
+    (folder / "CT1").mkdir()
+    # The kernel's clock ticks in steps of some ms.
+    os.utime(folder / "CT1", (0, 0))
+    assert store.list_images() == ["v"]
+    for path in (first, *others):
+        path.rename(folder / "CT1" / path.name)
+    assert sorted(store.get_unlabeled_images()) == sorted(store.list_images()) == ["CT1", "v"]
+    twin = Path(store.get_image_uri("CT1"))
+    assert sorted(path.name for path in twin.parent.iterdir()) == ["CT1.nii.gz", "CT1.stamp"]
+    store.remove_image("CT1")
+    assert store.list_images() == ["v"] and store.get_image_uri("CT1") == ""
+    assert not (folder / "CT1").exists() and not list(twin.parent.iterdir())
