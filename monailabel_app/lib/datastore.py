@@ -257,17 +257,18 @@ class StudyDatastore(DICOMWebDatastore, Storing):
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Series whose label was submitted here, or that a DICOM SEG on the server refers to; MONAI Label's own list is two hours old."""
         if time.monotonic() - self._labelled[0] > LIST_SECONDS:
-            of_seg = self._labelled[1]
+            known, of_seg = self._labelled[1], {}
             for one in self._client.search_for_series(search_filters={"Modality": "SEG"}):
                 study, series = (one[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
-                if series not in of_seg:
-                    meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
-                    referred = meta.get("ReferencedSeriesSequence") or ()
+                if series in known:
+                    of_seg[series] = known[series]
+                # None of a SEG that is just being stored, or removed: it is asked for again.
+                elif metadata := self._client.retrieve_series_metadata(study, series):
+                    referred = Dataset.from_json(metadata[0]).get("ReferencedSeriesSequence") or ()
                     of_seg[series] = str(referred[0].SeriesInstanceUID) if referred else None
             self._labelled = time.monotonic(), of_seg
-        known = self.list_images()
         labelled = {*Storing.get_labeled_images(self), *self._labelled[1].values()}
-        return [image for image in known if image in labelled]
+        return [image for image in self.list_images() if image in labelled]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """The others."""

@@ -104,3 +104,34 @@ def test_a_label_that_broke_off_is_no_label(store, tmp_path):
 def test_a_series_that_is_not_there_is_said(store, tmp_path):
     with pytest.raises(NotFound, match=r"no series '1\.2\.3'"):
         of(store, tmp_path / "cache").get_image_uri("1.2.3")
+
+
+class Listed:
+    """A DICOMweb client of one series and of DICOM SEGs that refer to it, some without metadata."""
+
+    base_url = "http://listed/dicom-web"
+
+    def __init__(self):
+        self.segs, self.empty, self.asked = ["9.1"], [], []
+
+    def search_for_series(self, search_filters):
+        found = self.segs if search_filters.get("Modality") == "SEG" else ["2.1"]
+        return [{"0020000D": {"vr": "UI", "Value": ["1"]}, "0020000E": {"vr": "UI", "Value": [uid]}} for uid in found]
+
+    def retrieve_series_metadata(self, study, series):
+        self.asked.append(series)
+        refers = {"00081115": {"vr": "SQ", "Value": [{"0020000E": {"vr": "UI", "Value": ["2.1"]}}]}}
+        return [] if series in self.empty else [refers]
+
+
+def test_a_dicom_seg_counts_while_it_is_on_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.datastore.LIST_SECONDS", -1)
+    client = Listed()
+    datastore = of(client, tmp_path / "cache")
+    assert datastore.get_labeled_images() == datastore.get_labeled_images() == ["2.1"] and client.asked == ["9.1"]
+    client.segs = []
+    assert datastore.get_labeled_images() == [] and datastore.get_unlabeled_images() == ["2.1"]
+    client.segs, client.empty = ["9.2"], ["9.2"]
+    assert datastore.status()["completed"] == 0
+    client.empty = []
+    assert datastore.status()["completed"] == 1
