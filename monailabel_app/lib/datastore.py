@@ -307,11 +307,13 @@ class StudyDatastore(DICOMWebDatastore, Storing):
             self._update_datastore_file()
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
-        """As MONAI Label's, which fetches a final label.
+        """As MONAI Label's, which fetches a final label by the series of its DICOM SEG; by its image one that was submitted here.
 
         Raises:
             NotFound: the server has no such series.
         """
+        if self._datastore.label(label_id, label_tag):
+            return Storing.get_label_uri(self, label_id, label_tag)
         if label_tag == DefaultLabelTag.FINAL:
             folder = Path(self._datastore.label_path(label_tag)).resolve() / label_id
             with fetching.alone(folder.parent):
