@@ -28,7 +28,7 @@ from lib.mends.errors import Refused, hide, is_name
 from lib.mends.storing import Storing, copy, is_listed
 from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import atomic_path, find_cases, read_image, staged
+from zeroseg.io import atomic_path, find_cases, read_image, staged, to_nifti
 from zeroseg.io.limits import leaves
 from zeroseg.io.sniffing import sniff
 
@@ -38,6 +38,9 @@ EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg"
 
 HEADERS = ".dicom"
 """Folder in a folder of studies for single slices of series, whose headers 3D Slicer sends beside a volume."""
+
+TWIN = 2
+"""Of the way twins are written: those that were written in another one are written anew."""
 
 SHOWN_MODALITIES = ("CT", "MR", "CR", "DX", "US")
 """Shown of a DICOMweb server unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise; MONAI Label's default is CT alone."""
@@ -170,7 +173,7 @@ class FolderDatastore(Storing):
             return path
         twin, made_of = self._twin(image_id)
         with self._converting:
-            current = hashlib.sha256(repr(stamp(Path(path))).encode()).hexdigest()
+            current = hashlib.sha256(repr((TWIN, stamp(Path(path)))).encode()).hexdigest()
             if not twin.is_file() or not made_of.is_file() or made_of.read_text() != current:
                 write_twin(Path(path), twin)
                 with atomic_path(made_of) as part:
@@ -199,7 +202,7 @@ class FolderDatastore(Storing):
 
 
 def write_twin(folder: Path, twin: Path) -> None:
-    """Write a DICOM series, or one DICOM image, as NIfTI on the same voxel grid.
+    """Write a DICOM series, or one DICOM image, as NIfTI on the same voxel grid; see ``to_nifti`` for a tilted gantry.
 
     Raises:
         ZeroSegError: the folder cannot be read as one image, or the disk cannot be written to.
@@ -213,7 +216,7 @@ def write_twin(folder: Path, twin: Path) -> None:
     array = image.array[0] if image.is_volume else image.array[0].T[:, :, None]
     whole = np.abs(array).max() < 2**15 and (array == np.rint(array)).all()
     with atomic_path(twin) as part:
-        nib.save(nib.Nifti1Image(array.astype(np.int16 if whole else np.float32), affine), part)
+        nib.save(to_nifti(array.astype(np.int16 if whole else np.float32), affine), part)
 
 
 def search_filter() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from lib.mends.files import temporary
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import Image, find_cases, read_image, write_dicom_seg
+from zeroseg.io import Image, find_cases, read_image, without_shear, write_dicom_seg
 
 UNAIDED = ("segments", "auto", "tumor")
 """Rules that choose a mask without a person's clicks, box or text, as the bundle's own runs count them."""
@@ -100,7 +100,9 @@ def on_grid(mask: Image, image: Image) -> np.ndarray:
         if labels.shape != image.shape:
             raise ZeroSegError(f"the mask has {labels.shape} pixels, its image {image.shape}")
         return labels
-    if labels.shape == image.shape and np.allclose(mask.affine, image.affine, atol=1e-2):
+    # Viewers built on ITK stack the slices of a tilted gantry straight, and draw on them so.
+    grids = (image.affine, without_shear(image.affine))
+    if labels.shape == image.shape and any(np.allclose(mask.affine, grid, atol=1e-2) for grid in grids):
         return labels
     if mask.affine is None:
         raise ZeroSegError(f"the mask has {labels.shape} voxels and no geometry, its image {image.shape}")
