@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -12,10 +13,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore
+from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.datastore.utils.convert import binary_to_image, dicom_to_nifti
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
 from monailabel.interfaces.datastore import DefaultLabelTag
@@ -25,16 +25,22 @@ from pydicom.dataset import Dataset
 from lib import rtstruct
 from lib.mends import dicom_seg, fetching
 from lib.mends.errors import Refused, hide, is_name
+from lib.mends.storing import Storing, copy, is_listed
 from lib.sources import CONVERTED, FETCHED, stamp
 from zeroseg.errors import ZeroSegError
-from zeroseg.io import atomic_path, find_cases, read_image, staged
+from zeroseg.io import atomic_path, find_cases, read_image, staged, to_nifti
 from zeroseg.io.limits import leaves
 from zeroseg.io.sniffing import sniff
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = ("*.nii.gz", "*.nii", "*.nrrd", "*.mha", "*.png", "*.jpg", "*.jpeg", "*.bmp", "*.tif", "*.tiff", "*.dcm")
 
 HEADERS = ".dicom"
 """Folder in a folder of studies for single slices of series, whose headers 3D Slicer sends beside a volume."""
+
+TWIN = 2
+"""Of the way twins are written: those that were written in another one are written anew."""
 
 SHOWN_MODALITIES = ("CT", "MR", "CR", "DX", "US")
 """Shown of a DICOMweb server unless MONAI_LABEL_DICOMWEB_SEARCH_FILTER says otherwise; MONAI Label's default is CT alone."""
@@ -43,9 +49,13 @@ LIST_SECONDS = 10
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether the first file of a folder, by name, is DICOM."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return bool(files) and sniff(files[0]) == "dicom"
+    """Whether the first file of a folder, by name, is DICOM; not where it may not be read (lost+found), or is gone."""
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        return bool(files) and sniff(files[0]) == "dicom"
+    except OSError as error:
+        logger.info("%s is left out: %s", folder.name, error.strerror)
+        return False
 
 
 def is_slice(file: Path) -> bool:
@@ -58,7 +68,7 @@ def is_slice(file: Path) -> bool:
     return "ImagePositionPatient" in header and int(header.get("NumberOfFrames") or 1) == 1
 
 
-class FolderDatastore(LocalDatastore):
+class FolderDatastore(Storing):
     """MONAI Label's folder datastore; a subfolder that holds a DICOM series is an image as well, named after the folder.
 
     It serves and writes images and masks inside its folder only: no links that leave it, no files of other kinds, which
@@ -67,18 +77,51 @@ class FolderDatastore(LocalDatastore):
 
     def __init__(self, folder: str, auto_reload: bool = True, read_only: bool = False):
         self._converting = threading.Lock()
+        self._seen: dict[str, int] | None = None
         hide(folder)
         super().__init__(folder, extensions=EXTENSIONS, auto_reload=auto_reload, read_only=read_only)
 
     def _list_files(self, path, patterns):
         suffixes = tuple(pattern.removeprefix("*") for pattern in patterns)
-        found = {name: name for name in os.listdir(path) if name.lower().endswith(suffixes)}
+        names = [name for name in os.listdir(path) if is_listed(name)]
+        found = {name: name for name in names if name.lower().endswith(suffixes)}
         if Path(path).resolve() == Path(self._datastore.image_path()).resolve():
-            folders = [
-                p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "labels"
-            ]
+            # Before they are looked into: what changes meanwhile is looked into again.
+            self._seen = self._subfolders()
+            folders = [p for p in (Path(path) / name for name in names) if p.is_dir() and p.name != "labels"]
             found |= {p.name: p.name for p in folders if not self._leaves(str(p)) and holds_dicom(p)}
         return {name: file for name, file in found.items() if not self._leaves(os.path.join(path, file))}
+
+    def _subfolders(self) -> dict[str, int] | None:
+        """Subfolder -> when files were added to it or removed last; what was seen before where the folder cannot be read now."""
+        try:
+            with os.scandir(self._datastore.image_path()) as entries:
+                return {e.name: e.stat().st_mtime_ns for e in entries if e.is_dir() and not e.name.startswith(".")}
+        except OSError:
+            return self._seen
+
+    def _look(self) -> None:
+        """See DICOM folders that came or went: MONAI Label watches for files alone."""
+        if self._auto_reload and self._seen is not None and self._subfolders() != self._seen:
+            self.refresh()
+
+    def list_images(self) -> list[str]:
+        """As MONAI Label's, with the DICOM folders that are there now."""
+        self._look()
+        return super().list_images()
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """As ``list_images``, those without a label."""
+        self._look()
+        return super().get_unlabeled_images(label_tag, labels)
+
+    def remove_image(self, image_id: str) -> None:
+        """As MONAI Label's; with a DICOM folder goes its twin."""
+        with self._converting:
+            super().remove_image(image_id)
+            for path in self._twin(image_id):
+                path.unlink(missing_ok=True)
+        self.refresh()
 
     def _leaves(self, path: str) -> bool:
         return leaves(Path(path), Path(self._datastore_path).resolve())
@@ -95,8 +138,7 @@ class FolderDatastore(LocalDatastore):
         if is_slice(Path(image_filename)):
             folder = Path(self._datastore_path) / HEADERS
             folder.mkdir(exist_ok=True)
-            with atomic_path(folder / f"{image_id}.dcm") as part:
-                shutil.copyfile(image_filename, part)
+            copy(image_filename, folder / f"{image_id}.dcm")
             return image_id
         return super().add_image(image_id, image_filename, image_info)
 
@@ -129,15 +171,27 @@ class FolderDatastore(LocalDatastore):
             return ""
         if not os.path.isdir(path):
             return path
-        twin = Path(self._datastore_path) / CONVERTED / f"{image_id}.nii.gz"
-        made_of = twin.with_name(f"{image_id}.stamp")
+        twin, made_of = self._twin(image_id)
         with self._converting:
-            current = hashlib.sha256(repr(stamp(Path(path))).encode()).hexdigest()
+            current = hashlib.sha256(repr((TWIN, stamp(Path(path)))).encode()).hexdigest()
             if not twin.is_file() or not made_of.is_file() or made_of.read_text() != current:
                 write_twin(Path(path), twin)
                 with atomic_path(made_of) as part:
                     part.write_text(current)
         return str(twin)
+
+    def _twin(self, image_id: str) -> tuple[Path, Path]:
+        """The NIfTI twin of a DICOM folder, and the stamp of what it was made of."""
+        folder = Path(self._datastore_path) / CONVERTED
+        return folder / f"{image_id}.nii.gz", folder / f"{image_id}.stamp"
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """As MONAI Label's; of a DICOM folder the path and the name of its twin, which ``get_image_uri`` makes."""
+        info = super().get_image_info(image_id)
+        if os.path.isdir(info.get("path", "")):
+            twin = self._twin(image_id)[0]
+            info |= {"path": str(twin), "name": twin.name}
+        return info
 
     def _to_id(self, file):
         if os.path.isdir(os.path.join(self._datastore.image_path(), file)):
@@ -148,7 +202,7 @@ class FolderDatastore(LocalDatastore):
 
 
 def write_twin(folder: Path, twin: Path) -> None:
-    """Write a DICOM series, or one DICOM image, as NIfTI on the same voxel grid.
+    """Write a DICOM series, or one DICOM image, as NIfTI on the same voxel grid; see ``to_nifti`` for a tilted gantry.
 
     Raises:
         ZeroSegError: the folder cannot be read as one image, or the disk cannot be written to.
@@ -162,7 +216,7 @@ def write_twin(folder: Path, twin: Path) -> None:
     array = image.array[0] if image.is_volume else image.array[0].T[:, :, None]
     whole = np.abs(array).max() < 2**15 and (array == np.rint(array)).all()
     with atomic_path(twin) as part:
-        nib.save(nib.Nifti1Image(array.astype(np.int16 if whole else np.float32), affine), part)
+        nib.save(to_nifti(array.astype(np.int16 if whole else np.float32), affine), part)
 
 
 def search_filter() -> dict[str, Any]:
@@ -172,7 +226,7 @@ def search_filter() -> dict[str, Any]:
     return {"Modality": list(SHOWN_MODALITIES)}
 
 
-class StudyDatastore(DICOMWebDatastore):
+class StudyDatastore(DICOMWebDatastore, Storing):
     """MONAI Label's DICOMweb datastore with several modalities, a fresh list of series, and errors that say what is wrong.
 
     Args:
@@ -206,17 +260,18 @@ class StudyDatastore(DICOMWebDatastore):
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Series whose label was submitted here, or that a DICOM SEG on the server refers to; MONAI Label's own list is two hours old."""
         if time.monotonic() - self._labelled[0] > LIST_SECONDS:
-            of_seg = self._labelled[1]
+            known, of_seg = self._labelled[1], {}
             for one in self._client.search_for_series(search_filters={"Modality": "SEG"}):
                 study, series = (one[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
-                if series not in of_seg:
-                    meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
-                    referred = meta.get("ReferencedSeriesSequence") or ()
+                if series in known:
+                    of_seg[series] = known[series]
+                # None of a SEG that is just being stored, or removed: it is asked for again.
+                elif metadata := self._client.retrieve_series_metadata(study, series):
+                    referred = Dataset.from_json(metadata[0]).get("ReferencedSeriesSequence") or ()
                     of_seg[series] = str(referred[0].SeriesInstanceUID) if referred else None
             self._labelled = time.monotonic(), of_seg
-        known = self.list_images()
-        labelled = {*LocalDatastore.get_labeled_images(self), *self._labelled[1].values()}
-        return [image for image in known if image in labelled]
+        labelled = {*Storing.get_labeled_images(self), *self._labelled[1].values()}
+        return [image for image in self.list_images() if image in labelled]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """The others."""
@@ -247,19 +302,21 @@ class StudyDatastore(DICOMWebDatastore):
             cause = str(error).strip().splitlines()[-1]
             raise ZeroSegError(f"series {image_id} cannot be read: {cause}") from error
         info = {"ts": int(time.time()), "name": nifti.name, **self._dicom_info(image_id)}
-        # Not by add_image, which copies into the place itself: others would see half a file.
         with staged(nifti.parent) as stage:
             shutil.move(made, stage / nifti.name)
-        with FileLock(self._lock_file):
+        with self.turn:
+            self._init_from_datastore_file()
             self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=".nii.gz"))
-            self._update_datastore_file(lock=False)
+            self._update_datastore_file()
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
-        """As MONAI Label's, which fetches a final label.
+        """As MONAI Label's, which fetches a final label by the series of its DICOM SEG; by its image one that was submitted here.
 
         Raises:
             NotFound: the server has no such series.
         """
+        if self._datastore.label(label_id, label_tag):
+            return Storing.get_label_uri(self, label_id, label_tag)
         if label_tag == DefaultLabelTag.FINAL:
             folder = Path(self._datastore.label_path(label_tag)).resolve() / label_id
             with fetching.alone(folder.parent):

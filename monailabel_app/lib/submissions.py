@@ -13,6 +13,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.engine import Engine
 from lib.mends.dicom_seg import on_grid
+from lib.mends.errors import NotFound
 from lib.prompts import STROKES
 from lib.sources import OpenImage
 from zeroseg.errors import ZeroSegError
@@ -67,6 +68,7 @@ def read(datastore, engine: Engine, image: str) -> Submission:
     """One submission.
 
     Raises:
+        NotFound: the image is gone from the DICOM server.
         ZeroSegError: the image or its label cannot be read, or one does not fit the other.
     """
     entry = engine.open(datastore.get_image_uri(image))
@@ -83,7 +85,7 @@ def read_all(datastore, engine: Engine) -> list[Submission]:
     for image in submitted(datastore):
         try:
             found.append(read(datastore, engine, image))
-        except ZeroSegError as error:
+        except (ZeroSegError, NotFound) as error:
             logger.warning("the label of %s is left out: %s", image, error)
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import pydicom
@@ -16,7 +18,9 @@ pytest.importorskip("monailabel")
 from dicom_studies import Series, oblique, write
 from lib.datastore import StudyDatastore
 from lib.mends.errors import NotFound
+from lib.mends.storing import Storing
 from lib.sources import read_source, source_of
+from lib.submissions import read_all
 from phantom_studies import SHAPE, phantom
 
 HALF = SHAPE[2] // 2
@@ -104,3 +108,50 @@ def test_a_label_that_broke_off_is_no_label(store, tmp_path):
 def test_a_series_that_is_not_there_is_said(store, tmp_path):
     with pytest.raises(NotFound, match=r"no series '1\.2\.3'"):
         of(store, tmp_path / "cache").get_image_uri("1.2.3")
+
+
+class Listed:
+    """A DICOMweb client of one series and of DICOM SEGs that refer to it, some without metadata."""
+
+    base_url = "http://listed/dicom-web"
+
+    def __init__(self):
+        self.segs, self.empty, self.asked = ["9.1"], [], []
+
+    def search_for_series(self, search_filters):
+        found = self.segs if search_filters.get("Modality") == "SEG" else ["2.1"]
+        return [{"0020000D": {"vr": "UI", "Value": ["1"]}, "0020000E": {"vr": "UI", "Value": [uid]}} for uid in found]
+
+    def retrieve_series_metadata(self, study, series):
+        self.asked.append(series)
+        refers = {"00081115": {"vr": "SQ", "Value": [{"0020000E": {"vr": "UI", "Value": ["2.1"]}}]}}
+        return [] if series in self.empty else [refers]
+
+
+def test_a_dicom_seg_counts_while_it_is_on_the_server(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.datastore.LIST_SECONDS", -1)
+    client = Listed()
+    datastore = of(client, tmp_path / "cache")
+    assert datastore.get_labeled_images() == datastore.get_labeled_images() == ["2.1"] and client.asked == ["9.1"]
+    client.segs = []
+    assert datastore.get_labeled_images() == [] and datastore.get_unlabeled_images() == ["2.1"]
+    client.segs, client.empty = ["9.2"], ["9.2"]
+    assert datastore.status()["completed"] == 0
+    client.empty = []
+    assert datastore.status()["completed"] == 1
+
+
+def test_a_submitted_label_is_served_and_left_out_once_its_series_is_gone(store, tmp_path, caplog):
+    store.broken = False
+    datastore, uid = of(store, tmp_path / "cache"), store.series.uid
+    image = nib.load(datastore.get_image_uri(uid))
+    nib.save(nib.Nifti1Image(image.get_fdata().astype("uint8") * 0 + 1, image.affine), tmp_path / "label.nii.gz")
+    # Without the DICOM SEG, which this server takes none of.
+    Storing.save_label(datastore, uid, str(tmp_path / "label.nii.gz"), "final", {})
+    served = Path(datastore.get_label_uri(uid, "final"))
+    assert served.read_bytes() == (tmp_path / "label.nii.gz").read_bytes() and store.fetched == 1
+    engine = SimpleNamespace(open=lambda path: read_source(source_of(Path(path))))
+    assert [one.image for one in read_all(datastore, engine)] == [uid]
+    shutil.rmtree(Path(datastore._datastore_path) / uid)
+    store.search_for_series = lambda search_filters: []
+    assert read_all(datastore, engine) == [] and f"the label of {uid} is left out" in caplog.text

@@ -30,7 +30,7 @@ MENDS = Path(__file__).resolve().parents[2] / "monailabel_app" / "lib" / "mends"
 
 def test_every_mend_has_its_test_and_names_it():
     mends = [path for path in MENDS.glob("*.py") if path.stem != "__init__"]
-    assert len(mends) == 12
+    assert len(mends) == 13
     for path in mends:
         first = path.read_text().splitlines()[0]
         assert "MONAI Label" in first and f"until test_mends.py::test_{path.stem}." in first, path.name
@@ -198,3 +198,28 @@ def test_responsive(monkeypatch):
 
     asyncio.run(request())
     assert asyncio.iscoroutinefunction(infer.api_run_inference) and threads["work"] is threads["loop"]
+
+
+def test_storing(tmp_path, monkeypatch):
+    """A table that cannot be written leaves a cut one behind."""
+    from monailabel.datastore import local
+
+    store = local.LocalDatastore(str(tmp_path), auto_reload=False)
+
+    class Full:
+        def __enter__(self):
+            self.file = open(tmp_path / "datastore_v2.json", "w")
+            return self
+
+        def write(self, text):
+            self.file.write(text[:9])
+            raise OSError("the disk is full")
+
+        def __exit__(self, *error):
+            self.file.close()
+
+    store.set_name("whole")
+    monkeypatch.setattr(local, "open", lambda path, mode="r": Full(), raising=False)
+    with pytest.raises(OSError, match="full"):
+        store.set_name("cut")
+    assert (tmp_path / "datastore_v2.json").stat().st_size == 9

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 import torch
 from fastapi import HTTPException
 from PIL import Image as PILImage
@@ -18,6 +19,7 @@ from scipy import ndimage
 pytest.importorskip("monailabel")
 
 import dicom_studies
+from bad_inputs import ct_series
 from dicom_studies import oblique
 from lib import rtstruct
 from lib.configs import tasks
@@ -384,6 +386,31 @@ def test_a_mask_written_is_on_the_grid_of_its_image(tmp_path, extension):
     np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
     np.testing.assert_array_equal(mask.array[0], labels)
     np.testing.assert_array_equal(dicom_seg.on_grid(mask, image), labels)
+
+
+@pytest.mark.parametrize("datastore", ["folder", "DICOMweb"])
+def test_a_tilted_gantry_is_shown_straight_and_drawn_on_slice_by_slice(tmp_path, datastore):
+    from monailabel.datastore.utils.convert import dicom_to_nifti
+
+    ct_series(tmp_path / "series", count=6, step=(0.0, 0.9, 2.5))
+    image = read_image(find_cases(tmp_path / "series")[0])
+    write_twin(tmp_path / "series", tmp_path / "twin.nii.gz")
+    np.testing.assert_allclose(nib.load(tmp_path / "twin.nii.gz").affine, image.affine, atol=1e-4)
+    shown = tmp_path / "twin.nii.gz" if datastore == "folder" else dicom_to_nifti(str(tmp_path / "series"))
+    # ITK reads it, as 3D Slicer does, and what is drawn there has its grid.
+    seen = sitk.ReadImage(str(shown))
+    labels = np.zeros(image.shape, np.uint8)
+    labels[40:60, 70:90, 1:] = 3
+    drawn = sitk.GetImageFromArray(labels.T)
+    drawn.CopyInformation(seen)
+    sitk.WriteImage(drawn, str(tmp_path / "drawn.nii.gz"))
+    submitted = read_image(find_cases(tmp_path / "drawn.nii.gz")[0])
+    np.testing.assert_array_equal(dicom_seg.on_grid(submitted, image), labels)
+    for extension in (".nrrd", ".nii.gz", ".nii"):
+        answer = sitk.ReadImage(write(image, labels, extension, "uint8"))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(answer).T, labels)
+        for of in ("GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(getattr(answer, of)(), getattr(seen, of)(), atol=1e-3)
 
 
 def test_dicom_seg_takes_names_and_grid_and_refuses_an_empty_mask(tmp_path):

@@ -225,14 +225,25 @@ def _write(image: Image, data: np.ndarray, path: str | os.PathLike, intent: str,
     return path
 
 
+def to_nifti(data: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """A volume as NIfTI that readers built on ITK open too; the sform keeps the exact geometry of a tilted gantry.
+
+    Args:
+        data: (X, Y, Z).
+        affine: (4, 4), voxel index -> RAS mm.
+    """
+    nifti = nib.Nifti1Image(data, affine)
+    nifti.set_sform(affine, code="scanner")
+    nifti.set_qform(without_shear(affine), code="scanner")
+    nifti.header.set_xyzt_units("mm")
+    return nifti
+
+
 def _nifti(image: Image, data: np.ndarray, intent: str) -> nib.Nifti1Image:
     if image.affine is None:
         raise ValueError("a NIfTI file needs an affine, and the image has none")
     if image.header is None:
-        nifti = nib.Nifti1Image(data, image.affine)
-        nifti.set_sform(image.affine, code="scanner")
-        nifti.set_qform(without_shear(image.affine), code="scanner")
-        nifti.header.set_xyzt_units("mm")
+        nifti = to_nifti(data, image.affine)
     else:
         header = image.header.copy()
         header.extensions.clear()  # private notes of the input: not about the mask

@@ -20,7 +20,7 @@ from lib.sources import OpenImage
 from zeroseg import __version__
 from zeroseg.errors import ZeroSegError
 from zeroseg.interaction.prompts import check_values
-from zeroseg.io import Image, write_mask
+from zeroseg.io import Image, to_nifti, without_shear, write_mask
 from zeroseg.segmentation import Segmentation
 
 EXTENSIONS = (".nrrd", ".nii.gz", ".nii", ".png")
@@ -238,14 +238,17 @@ def write(image: Image, labels: np.ndarray, extension: str, dtype: str, compress
     if extension == ".nrrd":
         write_nrrd(labels.astype(dtype), affine, path, compress)
     else:
-        nib.save(nib.Nifti1Image(labels.astype(dtype), affine), path)
+        nib.save(to_nifti(labels.astype(dtype), affine), path)
     return path
 
 
 def write_nrrd(labels: np.ndarray, affine: np.ndarray, path: str, compress: bool = True) -> None:
-    """Write (X, Y, Z) with its affine, voxel index -> RAS mm, as NRRD in the LPS space of ITK."""
+    """Write (X, Y, Z) with its affine, voxel index -> RAS mm, as NRRD in the LPS space of ITK.
+
+    Slices of a tilted gantry are stacked straight, as 3D Slicer shows those of the image.
+    """
     volume = sitk.GetImageFromArray(labels.T)
-    axes = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
+    axes = np.diag([-1.0, -1.0, 1.0]) @ without_shear(affine)[:3, :3]
     spacing = np.linalg.norm(axes, axis=0)
     volume.SetSpacing(spacing.tolist())
     volume.SetDirection((axes / spacing).ravel().tolist())
