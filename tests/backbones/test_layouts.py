@@ -195,6 +195,22 @@ def test_keys_that_do_not_fit_are_refused(folder, what):
     refuses(folder, message)
 
 
+def test_a_tokenizer_of_another_size_is_refused(folder):
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=99)
+    table = "embeddings.token_embedding.weight"
+    change_tensors(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: {k: v[:1].repeat(99, 1) if k.endswith(table) else v for k, v in tensors.items()},
+    )
+    refuses(folder, "a tokenizer of pipeline knows [0-9]+ tokens, its text encoder 99: copy the folders tokenizer")
+
+
+def test_a_pipeline_without_its_vocabulary_is_refused(folder):
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    refuses(folder, "a tokenizer of pipeline knows 2 tokens")
+
+
 def test_a_missing_shard(folder):
     _sharded(folder)
     next((folder / "unet").glob("*-00002-of-*.safetensors")).unlink()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from published import change_tensors
 from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.backbones.weights import check_vocabulary
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -63,6 +66,19 @@ def test_what_is_refused(tiny_tumor_model, tmp_path):
     folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
     (folder / "config.json").unlink()
     refuses("cannot load the text encoder in text", source=folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "deberta-v2"])
+def test_a_folder_without_its_vocabulary_is_refused(kind, tiny_tumor_model, tmp_path):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
+    if kind == "bert":
+        refuses("the tokenizer of the text encoder text knows no words: copy its files", source=folder)
+    # Other kinds bring a few pieces of their own.
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(WeightsError, match="knows no words"):
+        check_vocabulary(AutoTokenizer.from_pretrained(folder, local_files_only=True), "this")
 
 
 def test_describe_names_no_folder(encoder, tiny_tumor_model):

@@ -176,6 +176,13 @@ class StableDiffusionBackbone(FrozenModel):
             raise WeightsError(
                 f"the unet of {self.name} reads text of {config.cross_attention_dim} numbers, its text encoders give {width}"
             )
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            # Without its file transformers 5 makes a tokenizer that knows no words, and all prompts then mean the same.
+            if len(tokenizer) != encoder.config.vocab_size:
+                raise WeightsError(
+                    f"a tokenizer of {self.name} knows {len(tokenizer)} tokens, its text encoder "
+                    f"{encoder.config.vocab_size}: copy the folders tokenizer* again"
+                )
         wanted = "text_time" if len(self.text_encoders) == 2 else None
         if config.addition_embed_type != wanted or config.class_embed_type or config.encoder_hid_dim_type:
             raise WeightsError(f"the unet of {self.name} asks for conditions that a plain text-to-image model has not")

@@ -13,6 +13,7 @@ from zeroseg.backbones.frozen import FrozenModel
 from zeroseg.backbones.weights import (
     EMBEDDED,
     EMBEDDED_SETS,
+    check_vocabulary,
     choose_encoder,
     fingerprint,
     first_line,
@@ -84,6 +85,7 @@ class TextEncoder(FrozenModel):
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise WeightsError(f"cannot load the text encoder in {self.name}: {first_line(error)}") from error
+        check_vocabulary(self.tokenizer, f"the text encoder {self.name}")
         # transformers fills what is missing with random numbers and says so in its log only.
         for what, keys, allowed in (
             ("lacks", loaded["missing_keys"], UNUSED),

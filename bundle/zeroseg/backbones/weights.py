@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -365,6 +366,22 @@ def fill(
     ready = {k: v.to(device, dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}
     network.load_state_dict(ready, assign=True)
     return network.to(device).eval().requires_grad_(False)
+
+
+def check_vocabulary(tokenizer: Any, what: str) -> None:
+    """Refuse a tokenizer without words: transformers 5 makes one where its file is missing, and all texts then mean the
+    same.
+
+    Args:
+        tokenizer: of transformers.
+        what: it belongs to, in messages.
+
+    Raises:
+        WeightsError: it knows its special tokens alone.
+    """
+    # Some kinds bring one or two pieces beside them that are no words, such as the mark of a word's start.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 2:
+        raise WeightsError(f"the tokenizer of {what} knows no words: copy its files (vocab.txt, tokenizer.json) again")
 
 
 def first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zeroseg.backbones.weights import check_vocabulary
 from zeroseg.errors import WeightsError, first_line
 from zeroseg.hashing import file_sha256
 
@@ -54,6 +55,7 @@ class SentenceEncoder:
             self._model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first_line(error)}") from error
+        check_vocabulary(self._tokenizer, f"the sentence encoder in {PACKAGE}")
 
     @torch.inference_mode()
     def __call__(self, phrases: Sequence[str]) -> Tensor:
