@@ -13,6 +13,7 @@ import torch
 
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
 from zeroseg.backbones.diffusion import KEPT_TEXTS
+from zeroseg.backbones.weights import write_sums
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -64,7 +65,7 @@ def test_pickled_weights_are_refused(pipeline, part):
 def test_damaged_weights(pipeline):
     file = next((pipeline / "unet").glob("*.safetensors"))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (pipeline / "SHA256SUMS").write_text(f"{digest}  unet/{file.name}\n")
+    write_sums(pipeline)
     assert StableDiffusionBackbone(pipeline, device="cpu").load().weights[f"unet/{file.name}"] == digest
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -12,11 +12,11 @@ from zeroseg.errors import WeightsError, ZeroSegError
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with two weight files and a SHA256SUMS that lists one of them and a config."""
+    """A folder with two weight files, a config, and a SHA256SUMS that lists all of them."""
     for name, data in {"unet/a.safetensors": b"one", "vae/b.safetensors": b"two", "unet/config.json": b"{}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    listed = ["unet/a.safetensors", "unet/config.json"]
+    listed = ["unet/a.safetensors", "unet/config.json", "vae/b.safetensors"]
     lines = [f"{hashlib.sha256((tmp_path / n).read_bytes()).hexdigest()}  {n}\n" for n in listed]
     (tmp_path / "SHA256SUMS").write_text("".join(lines))
     return tmp_path
@@ -84,6 +84,35 @@ def test_blank_lines_of_a_sums_file_mean_nothing(folder):
     sums = folder / "SHA256SUMS"
     sums.write_text("\n" + sums.read_text() + "\n")
     assert len(verify_sums(folder)) == 2
+
+
+@pytest.mark.parametrize("between", ["  ", " *", "  ./", " *./", "\t"])
+def test_every_way_of_sha256sum_to_write_names_is_read(folder, between):
+    sums = folder / "SHA256SUMS"
+    lines = [line.split("  ") for line in sums.read_text().splitlines()]
+    lines.append(["0" * 64, "SHA256SUMS"])
+    sums.write_text("".join(f"{digest}{between}{name}\n" for digest, name in lines))
+    assert len(verify_sums(folder)) == 2
+    (folder / "vae/b.safetensors").write_bytes(b"changed")
+    with pytest.raises(WeightsError, match="vae/b.safetensors in .* does not match its SHA-256"):
+        verify_sums(folder)
+
+
+def test_weights_that_no_sum_covers_are_refused(folder):
+    (folder / "unet/c.safetensors").write_bytes(b"three")
+    with pytest.raises(WeightsError, match="unet/c.safetensors is not listed in SHA256SUMS"):
+        verify_sums(folder)
+    assert list(verify_sums(folder, ["unet/a.safetensors"])) == ["unet/a.safetensors"], "the others are not read"
+    with pytest.raises(WeightsError, match="unet/c.safetensors is not listed in SHA256SUMS"):
+        verify_sums(folder, ["unet/c.safetensors"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"0123abc\n"])
+def test_a_list_that_is_none_is_one_line(folder, content):
+    (folder / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(WeightsError, match="SHA256SUMS in .* is no list of sha256sum") as error:
+        verify_sums(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_fingerprint_depends_on_names_and_contents_not_on_order():
