@@ -94,23 +94,23 @@ def test_every_way_of_sha256sum_to_write_names_is_read(folder, between):
     sums.write_text("".join(f"{digest}{between}{name}\n" for digest, name in lines))
     assert len(verify_sums(folder)) == 2
     (folder / "vae/b.safetensors").write_bytes(b"changed")
-    with pytest.raises(WeightsError, match="vae/b.safetensors in .* does not match its SHA-256"):
+    with pytest.raises(WeightsError, match=r"vae/b.safetensors in .* does not match its SHA-256"):
         verify_sums(folder)
 
 
 def test_weights_that_no_sum_covers_are_refused(folder):
     (folder / "unet/c.safetensors").write_bytes(b"three")
-    with pytest.raises(WeightsError, match="unet/c.safetensors is not listed in SHA256SUMS"):
+    with pytest.raises(WeightsError, match=r"unet/c.safetensors is not listed in SHA256SUMS"):
         verify_sums(folder)
     assert list(verify_sums(folder, ["unet/a.safetensors"])) == ["unet/a.safetensors"], "the others are not read"
-    with pytest.raises(WeightsError, match="unet/c.safetensors is not listed in SHA256SUMS"):
+    with pytest.raises(WeightsError, match=r"unet/c.safetensors is not listed in SHA256SUMS"):
         verify_sums(folder, ["unet/c.safetensors"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"0123abc\n"])
 def test_a_list_that_is_none_is_one_line(folder, content):
     (folder / "SHA256SUMS").write_bytes(content)
-    with pytest.raises(WeightsError, match="SHA256SUMS in .* is no list of sha256sum") as error:
+    with pytest.raises(WeightsError, match=r"SHA256SUMS in .* is no list of sha256sum") as error:
         verify_sums(folder)
     assert "\n" not in str(error.value)
 
