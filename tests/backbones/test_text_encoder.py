@@ -81,6 +81,16 @@ def test_a_folder_without_its_vocabulary_is_refused(kind, tiny_tumor_model, tmp_
         check_vocabulary(AutoTokenizer.from_pretrained(folder, local_files_only=True), "this")
 
 
+def test_code_of_a_folder_is_not_run_though_somebody_would_say_yes(tiny_tumor_model, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    odd = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config", "AutoModel": "odd.Model"}}
+    (folder / "config.json").write_text(json.dumps(odd))
+    refuses("cannot load the text encoder in text: .* custom code", source=folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_describe_names_no_folder(encoder, tiny_tumor_model):
     described = encoder.describe()
     assert described["source"] == "text" and described["dim"] == encoder.dim and len(described["sha256"]) == 64

@@ -79,9 +79,11 @@ class TextEncoder(FrozenModel):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Left out, trust_remote_code asks on the terminal whether to run the folder's own code.
+            only = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only)
             model, loaded = transformers.AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder, use_safetensors=True, output_loading_info=True, **only
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise WeightsError(f"cannot load the text encoder in {self.name}: {first_line(error)}") from error

@@ -51,8 +51,10 @@ class SentenceEncoder:
         if file_sha256(folder / "model.safetensors") != SHA256:
             raise WeightsError(f"the sentence encoder in {PACKAGE} is not the publisher's: uninstall that package")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            self._model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
+            # Left out, trust_remote_code asks on the terminal whether to run the folder's own code.
+            only = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), **only)
+            self._model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **only).eval()
         except (OSError, ValueError) as error:
             raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first_line(error)}") from error
         check_vocabulary(self._tokenizer, f"the sentence encoder in {PACKAGE}")
