@@ -217,6 +217,29 @@ def test_a_missing_shard(folder):
     refuses(folder, "unet lacks a shard of its weights")
 
 
+SETTINGS = {
+    "a word for a number": ("text_encoder/config.json", {"hidden_size": "16"}, "cannot load the backbone in pipeline"),
+    "a unet of no size": ("unet/config.json", {"sample_size": None}, "the sample_size of the unet of .* not None"),
+    "a vae of no scale": ("vae/config.json", {"scaling_factor": None}, "the scaling_factor of the vae of .* not None"),
+    "a list for a unet": ("unet/config.json", None, "the config of the unet of pipeline is no JSON object"),
+    "a list for a schedule": (
+        "scheduler/scheduler_config.json",
+        None,
+        "the config of the scheduler of pipeline is no JSON object",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_wrong_settings_are_one_line(folder, what):
+    file, changes, message = SETTINGS[what]
+    if changes is None:
+        (folder / file).write_text("[]")
+    else:
+        edit_json(folder / file, **changes)
+    refuses(folder, message)
+
+
 PIPELINES = {
     "a refiner of XL": (
         {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None]},

