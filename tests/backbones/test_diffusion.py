@@ -167,6 +167,18 @@ def test_words_are_embedded_once(tiny_pipeline):
     assert len(runs) == KEPT_TEXTS + 2, "only the last ones are kept"
 
 
+def test_tokens_are_counted_while_nobody_embeds(tiny_pipeline):
+    backbone = StableDiffusionBackbone(tiny_pipeline, device="cpu").load()
+    assert backbone.count_tokens("") == 2
+    assert backbone.count_tokens("word " * 200) == backbone.tokenizer.model_max_length
+    with ThreadPoolExecutor(1) as pool:
+        with backbone._lock:
+            counted = pool.submit(backbone.count_tokens, "")
+            with pytest.raises(TimeoutError):
+                counted.result(timeout=0.05)
+        assert counted.result() == 2
+
+
 def test_timesteps_outside_the_schedule(tiny_backbone, latents):
     context = tiny_backbone.embed_text([""])
     for step in (-1, 1000):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,6 +48,28 @@ def test_unknown_words_are_one_word(encoder):
     assert encoder.unknown_words("purple bicycle") == ["purple", "bicycle"]
     assert encoder.unknown_words("liver bicycle in CT") == ["bicycle"]
     assert encoder.unknown_words("liver tumour") == encoder.unknown_words("  ") == []
+
+
+def test_one_thread_at_a_time_has_the_tokenizer(tiny_tumor_model):
+    encoder = TextEncoder(tiny_tumor_model / "text", device="cpu").load()
+    tokenizer, inside, met = encoder.tokenizer, threading.Semaphore(1), []
+
+    def alone(*args, **options):
+        if not inside.acquire(blocking=False):
+            met.append(args)
+            return tokenizer(*args, **options)
+        time.sleep(0.01)
+        found = tokenizer(*args, **options)
+        inside.release()
+        return found
+
+    alone.unk_token_id = tokenizer.unk_token_id
+    encoder.tokenizer = alone
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(*((encoder.embed, ["liver"]), (encoder.unknown_words, "liver"))[i % 2]) for i in range(8)]
+        for one in asked:
+            one.result()
+    assert not met
 
 
 def test_too_many_words_are_cut(encoder):

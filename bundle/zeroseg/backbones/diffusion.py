@@ -291,6 +291,13 @@ class StableDiffusionBackbone(FrozenModel):
             context[[not prompt for prompt in prompts]] = 0
         return context
 
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt by the first tokenizer, its start and its end among them, as many as it keeps."""
+        tokenizer = self.tokenizer
+        # A fast tokenizer keeps how it pads and cuts: no other thread's call may come in between.
+        with self._lock:
+            return len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids)
+
     @torch.inference_mode()
     def add_noise(self, latents: Tensor, timestep: int, noise: Tensor) -> Tensor:
         """The forward process q(z_t | z_0) at one timestep in [0, number of training timesteps)."""

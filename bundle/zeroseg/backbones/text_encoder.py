@@ -119,7 +119,9 @@ class TextEncoder(FrozenModel):
         are cut."""
         self.load()
         limit = min(512, int(getattr(self.model.config, "max_position_embeddings", 512)))
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        # A fast tokenizer keeps how it pads and cuts: no other thread's call may come in between.
+        with self._lock:
+            tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         tokens = tokens.to(self.device)
         states = self.model(**tokens).last_hidden_state.float()
         if self.pooling == "cls":
@@ -134,7 +136,8 @@ class TextEncoder(FrozenModel):
         """
         self.load()
         words = text.split()
-        tokens = [self.tokenizer(word, add_special_tokens=False).input_ids for word in words]
+        with self._lock:
+            tokens = [self.tokenizer(word, add_special_tokens=False).input_ids for word in words]
         unknown = self.tokenizer.unk_token_id
         return [word for word, ids in zip(words, tokens, strict=True) if all(i == unknown for i in ids)]
 
