@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from zeroseg.backbones import file_sha256, fingerprint, resolve_folder, verify_sums, weights
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line
 
 
 @pytest.fixture
@@ -123,3 +123,17 @@ def test_fingerprint_depends_on_names_and_contents_not_on_order():
 
 def test_a_weights_error_is_one_the_user_can_mend():
     assert issubclass(WeightsError, ZeroSegError) and issubclass(ZeroSegError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("one\ntwo", "one"),
+        ("\n  one  \n", "one"),
+        ("Error(s) in loading state_dict for Net:\n\tMissing key(s): a", "Missing key(s): a"),
+        ("only this:", "only this:"),
+        (" \n", "ValueError"),
+    ],
+)
+def test_what_an_error_says_in_one_line(said, line):
+    assert first_line(ValueError(said)) == line

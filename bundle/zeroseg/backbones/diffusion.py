@@ -18,7 +18,6 @@ from zeroseg.backbones.weights import (
     choose_pipeline,
     fill,
     fingerprint,
-    first_line,
     pipeline_parts,
     read_tensors,
     relative_files,
@@ -26,7 +25,7 @@ from zeroseg.backbones.weights import (
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError, is_out_of_memory
+from zeroseg.errors import WeightsError, ZeroSegError, first_line, is_out_of_memory
 
 HARMLESS = ("*.position_ids", "text_projection.weight", "logit_scale")
 """Keys that a text encoder's file may hold in excess: the numbers 0, 1, 2 ..., which old versions of transformers saved, and

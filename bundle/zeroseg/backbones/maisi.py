@@ -44,11 +44,10 @@ from zeroseg.backbones.weights import (
     MODELS,
     fill,
     fingerprint,
-    first_line,
     read_tensors,
     verify_sums,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line
 from zeroseg.hashing import file_sha256
 
 _OVERLAP = 0.25

@@ -16,13 +16,12 @@ from zeroseg.backbones.weights import (
     check_vocabulary,
     choose_encoder,
     fingerprint,
-    first_line,
     relative_files,
     resolve_folder,
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError, is_out_of_memory
+from zeroseg.errors import WeightsError, ZeroSegError, first_line, is_out_of_memory
 
 POOLINGS = ("cls", "mean")
 UNUSED = ("pooler.*",)

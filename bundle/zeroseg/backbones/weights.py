@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.hashing import file_sha256
 from zeroseg.places import MODELS
 
@@ -396,9 +396,3 @@ def check_vocabulary(tokenizer: Any, what: str) -> None:
     # Some kinds bring one or two pieces beside them that are no words, such as the mark of a word's start.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 2:
         raise WeightsError(f"the tokenizer of {what} knows no words: copy its files (vocab.txt, tokenizer.json) again")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]) if lines else type(error).__name__
