@@ -74,7 +74,7 @@ def test_other_weights_are_refused(tmp_path):
 def test_an_encoder_without_its_vocabulary_is_refused(tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(installed() / name, tmp_path)
-    with pytest.raises(WeightsError, match="the sentence encoder in .* knows no words"):
+    with pytest.raises(WeightsError, match=r"the sentence encoder in .* knows no words"):
         SentenceEncoder(tmp_path)
 
 

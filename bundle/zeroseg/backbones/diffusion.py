@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ class StableDiffusionBackbone(FrozenModel):
             state = {rename(key): value for key, value in read_tensors(folder, files[part]).items()}
             return fill(network, state, f"the {part} of {self.name}", harmless, self.device, dtype)
 
-        def config(part: str, kind: type) -> dict:
+        def config(part: str, kind: Any) -> dict:
             found = kind.load_config(folder, subfolder=part, local_files_only=True)
             # What is no object from_config takes for the name of a repository of the hub.
             if not isinstance(found, dict):
