@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Encode the scenes that the promptable head trains on: what the frozen model reads out of each, once.
 
-    python scripts/training/encode_scenes.py --unlabelled DIR --training DIR --work runs/interaction --count 3000
+    python scripts/training/encode_scenes.py --unlabelled DIR --training DIR --work runs/interaction/shards --count 3000
 
 Three sources take turns: synthetic scenes (``scenes.py``), the drawn phantoms of the backbone's training (``phantoms.py``), and real
 unlabelled images whose terms allow it, with pseudo-objects found by colour. No mask drawn by a human is read: of the folders only
@@ -10,7 +10,7 @@ unlabelled images whose terms allow it, with pseudo-objects found by colour. No 
 With a head that was trained on these, real images alone, and slices of scans, with the objects that it finds itself (``own_objects.py``):
 
     python scripts/training/encode_scenes.py --unlabelled DIR --training DIR --volumes DIR --own bundle/models/interaction \
-        --work runs/interaction --first 200 --count 1200
+        --work runs/interaction/shards --first 200 --count 1200
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument(
         "--own", type=Path, help="folder of a trained head that finds the objects of real images itself"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/interaction"))
+    parser.add_argument("--work", type=Path, default=Path("runs/interaction/shards"), help="folder of the shards")
     parser.add_argument("--first", type=int, default=0, help="number of the first shard")
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--part", default="0/1", help="this process's share, e.g. 0/2 and 1/2")

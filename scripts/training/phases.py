@@ -47,6 +47,16 @@ def averaged(network: torch.nn.Module, most: float) -> AveragedModel:
     return average
 
 
+def require_checkpoint(work: Path) -> None:
+    """Refuse to export from a folder without a checkpoint: what is written there would be random weights.
+
+    Args:
+        work: folder of a training.
+    """
+    if not (work / "state.pt").is_file():
+        raise SystemExit(f"--work {work} holds no checkpoint to export: train first")
+
+
 class Phases:
     """Runs the phases of a training one after another; each goes on where the last call of the program ended.
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from phases import require_checkpoint
 from zeroseg.backbones.weights import write_sums
 
 TURNS = 4
@@ -182,6 +183,7 @@ def export(
             (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
         share: how far, 0 to 1.
     """
+    require_checkpoint(work)
     out.mkdir(parents=True, exist_ok=True)
     stored = torch.load(work / "state.pt", weights_only=True)
     mean.load_state_dict(stored["mean"])

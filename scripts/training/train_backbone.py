@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from phantoms import SCENES, make_phantom
-from phases import Phases, Schedule, averaged
+from phases import Phases, Schedule, averaged, require_checkpoint
 from zeroseg.backbones.weights import write_sums
 
 ALLOWED_LICENCES = ("CC0", "CC BY 3.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "MIT")
@@ -441,6 +441,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint and stop")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args(argv)
+    if args.export_only:
+        require_checkpoint(Path(args.work))
     args.command = sys.argv[1:] if argv is None else argv
     corpus = Corpus(find_folders(args), args.phantoms, args.seed, Path(args.work) / "phantoms.npz", args.real_share)
     print(f"images: {corpus.counts}, phantoms: {len(corpus.phantoms)}")

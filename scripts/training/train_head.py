@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train the promptable head on encoded scenes (``encode_scenes.py``), with a simulated annotator in the loop; no human mask is read.
 
+    python scripts/training/encode_scenes.py --unlabelled DIR --training DIR --work runs/interaction/shards --count 3000
     python scripts/training/train_head.py --shards runs/interaction/shards --work runs/interaction/head --minutes 100
 
 An episode takes one object of one scene: a first prompt (click at the innermost or at any pixel, box, stroke, or a spoilt mask to
@@ -40,11 +41,17 @@ BLIND = 0.25
 
 
 class Shards:
-    """The encoded scenes in memory; new shards are taken in as they appear."""
+    """The encoded scenes in memory; new shards are taken in as they appear.
+
+    Args:
+        folder: that ``encode_scenes.py`` writes to; it must hold one shard at least.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.items, self.known = folder, [], set()
         self.refresh()
+        if not self.items:
+            raise SystemExit(f"--shards {folder} holds no encoded scenes: give the --work folder of encode_scenes.py")
 
     def refresh(self) -> None:
         for path in sorted(self.folder.glob("shard_?????.npz")):
@@ -403,7 +410,7 @@ def widened(start: dict[str, torch.Tensor], net: PromptHead) -> dict[str, torch.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--shards", type=Path, required=True, help="folder that encode_scenes.py writes to")
     add_arguments(parser, 100, "the last two fifths of --steps or --minutes, whichever ends first")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument(

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from phantoms3d import SPACING, make_volume
-from phases import Phases, Schedule, averaged
+from phases import Phases, Schedule, averaged, require_checkpoint
 from zeroseg.backbones.maisi import COMPACT, build_autoencoder, build_unet, make_scheduler, spacing_condition
 from zeroseg.backbones.weights import write_sums
 from zeroseg.tumor.prepare import prepare
@@ -332,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export-only", action="store_true", help="write the folder from the last checkpoint and stop")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args(argv)
+    if args.export_only:
+        require_checkpoint(Path(args.work))
     given = sys.argv[1:] if argv is None else argv
     args.shown = "python scripts/training/train_tumor_backbone.py " + " ".join(
         w.split("=")[0] + "=FOLDER" if w in args.real else w for w in given

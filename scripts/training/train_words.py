@@ -301,6 +301,8 @@ def encode(args: argparse.Namespace) -> None:
 
 def read_shards(work: Path, most: int | None = None) -> dict[str, np.ndarray]:
     files = sorted(p for p in work.glob("shard_*.npz") if ".part" not in p.name)[:most]
+    if not files:
+        raise SystemExit(f"--work {work} holds no encoded images: call with --encode first")
     columns: dict[str, list] = {}
     for file in tqdm(files, desc="reading"):
         with np.load(file) as stored:

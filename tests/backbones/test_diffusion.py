@@ -13,6 +13,7 @@ import torch
 
 from zeroseg.backbones import StableDiffusionBackbone, pick_device
 from zeroseg.backbones.diffusion import KEPT_TEXTS
+from zeroseg.backbones.weights import write_sums
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -64,7 +65,7 @@ def test_pickled_weights_are_refused(pipeline, part):
 def test_damaged_weights(pipeline):
     file = next((pipeline / "unet").glob("*.safetensors"))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (pipeline / "SHA256SUMS").write_text(f"{digest}  unet/{file.name}\n")
+    write_sums(pipeline)
     assert StableDiffusionBackbone(pipeline, device="cpu").load().weights[f"unet/{file.name}"] == digest
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -164,6 +165,18 @@ def test_words_are_embedded_once(tiny_pipeline):
     assert len(runs) == KEPT_TEXTS + 1
     backbone.embed_text(["cells"])
     assert len(runs) == KEPT_TEXTS + 2, "only the last ones are kept"
+
+
+def test_tokens_are_counted_while_nobody_embeds(tiny_pipeline):
+    backbone = StableDiffusionBackbone(tiny_pipeline, device="cpu").load()
+    assert backbone.count_tokens("") == 2
+    assert backbone.count_tokens("word " * 200) == backbone.tokenizer.model_max_length
+    with ThreadPoolExecutor(1) as pool:
+        with backbone._lock:
+            counted = pool.submit(backbone.count_tokens, "")
+            with pytest.raises(TimeoutError):
+                counted.result(timeout=0.05)
+        assert counted.result() == 2
 
 
 def test_timesteps_outside_the_schedule(tiny_backbone, latents):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from zeroseg.backbones.frozen import FrozenModel
+from zeroseg.backbones.frozen import FrozenModel, pick_device
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -51,3 +51,11 @@ def test_a_load_that_failed_is_tried_again():
 def test_a_place_that_is_not_there_is_refused(options, message):
     with pytest.raises(ZeroSegError, match=message):
         Counting(**options).load()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1") and pick_device("cuda") == torch.device("cuda")
+    with pytest.raises(ZeroSegError, match="device 'cuda:2' is not available on this machine"):
+        pick_device("cuda:2")

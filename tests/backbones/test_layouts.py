@@ -195,10 +195,49 @@ def test_keys_that_do_not_fit_are_refused(folder, what):
     refuses(folder, message)
 
 
+def test_a_tokenizer_of_another_size_is_refused(folder):
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=99)
+    table = "embeddings.token_embedding.weight"
+    change_tensors(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: {k: v[:1].repeat(99, 1) if k.endswith(table) else v for k, v in tensors.items()},
+    )
+    refuses(folder, "a tokenizer of pipeline knows [0-9]+ tokens, its text encoder 99: copy the folders tokenizer")
+
+
+def test_a_pipeline_without_its_vocabulary_is_refused(folder):
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    refuses(folder, "a tokenizer of pipeline knows 2 tokens")
+
+
 def test_a_missing_shard(folder):
     _sharded(folder)
     next((folder / "unet").glob("*-00002-of-*.safetensors")).unlink()
     refuses(folder, "unet lacks a shard of its weights")
+
+
+SETTINGS = {
+    "a word for a number": ("text_encoder/config.json", {"hidden_size": "16"}, "cannot load the backbone in pipeline"),
+    "a unet of no size": ("unet/config.json", {"sample_size": None}, "the sample_size of the unet of .* not None"),
+    "a vae of no scale": ("vae/config.json", {"scaling_factor": None}, "the scaling_factor of the vae of .* not None"),
+    "a list for a unet": ("unet/config.json", None, "the config of the unet of pipeline is no JSON object"),
+    "a list for a schedule": (
+        "scheduler/scheduler_config.json",
+        None,
+        "the config of the scheduler of pipeline is no JSON object",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_wrong_settings_are_one_line(folder, what):
+    file, changes, message = SETTINGS[what]
+    if changes is None:
+        (folder / file).write_text("[]")
+    else:
+        edit_json(folder / file, **changes)
+    refuses(folder, message)
 
 
 PIPELINES = {

@@ -367,6 +367,28 @@ def test_conditions_reach_the_unet(tiny_maisi):
     torch.testing.assert_close(spacing_condition((0.5, 1, 2)), torch.tensor([[50.0, 100.0, 200.0]]))
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("scale_factor", None),
+        ("scale_factor", 0),
+        ("spacing", 2.0),
+        ("spacing", [0, 3, 3]),
+        ("spacing", [3, 3]),
+        ("modalities", ["ct"]),
+        ("modalities", {"ct": "one"}),
+        ("ct_window", 3),
+        ("ct_window", [100, -100]),
+        ("window", 64),
+        ("window", [64, 64, "64"]),
+        ("steps", "x"),
+        ("steps", 0),
+    ],
+)
+def test_entries_of_a_wrong_kind_are_refused_by_name(tiny_tumor_model, entry, value):
+    refuses(f"{entry} in the config of model must be ", ZeroSegError, source=tiny_tumor_model, overrides={entry: value})
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16, 15), (1, 2, 16, 16, 16), (1, 16, 16, 16), (1, 1, 16, 0, 16)])
 def test_volumes_of_another_shape_are_refused(tiny_maisi, shape):
     with pytest.raises(ZeroSegError, match="sides multiple of 8"):
@@ -379,6 +401,8 @@ def test_bad_folders(folder, tmp_path):
     refuses("fp16 needs a GPU", ZeroSegError, source=folder, dtype="fp16")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text("{")
+    refuses("not valid JSON", source=folder)
+    (folder / "config.json").write_text("5")
     refuses("not valid JSON", source=folder)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "scheduler"}))
     refuses("lacks scheduler", source=folder)

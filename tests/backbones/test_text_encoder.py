@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from published import change_tensors
 from zeroseg.backbones.text_encoder import TextEncoder
+from zeroseg.backbones.weights import check_vocabulary
 from zeroseg.errors import WeightsError, ZeroSegError
 
 
@@ -44,6 +50,28 @@ def test_unknown_words_are_one_word(encoder):
     assert encoder.unknown_words("liver tumour") == encoder.unknown_words("  ") == []
 
 
+def test_one_thread_at_a_time_has_the_tokenizer(tiny_tumor_model):
+    encoder = TextEncoder(tiny_tumor_model / "text", device="cpu").load()
+    tokenizer, inside, met = encoder.tokenizer, threading.Semaphore(1), []
+
+    def alone(*args, **options):
+        if not inside.acquire(blocking=False):
+            met.append(args)
+            return tokenizer(*args, **options)
+        time.sleep(0.01)
+        found = tokenizer(*args, **options)
+        inside.release()
+        return found
+
+    alone.unk_token_id = tokenizer.unk_token_id
+    encoder.tokenizer = alone
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(*((encoder.embed, ["liver"]), (encoder.unknown_words, "liver"))[i % 2]) for i in range(8)]
+        for one in asked:
+            one.result()
+    assert not met
+
+
 def test_too_many_words_are_cut(encoder):
     torch.testing.assert_close(encoder.embed(["liver " * 500]), encoder.embed(["liver " * 100]))
 
@@ -63,6 +91,58 @@ def test_what_is_refused(tiny_tumor_model, tmp_path):
     folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
     (folder / "config.json").unlink()
     refuses("cannot load the text encoder in text", source=folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "deberta-v2"])
+def test_a_folder_without_its_vocabulary_is_refused(kind, tiny_tumor_model, tmp_path):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    for file in folder.glob("tokenizer*.json"):
+        file.unlink()
+    if kind == "bert":
+        refuses("the tokenizer of the text encoder text knows no words: copy its files", source=folder)
+    # Other kinds bring a few pieces of their own.
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(WeightsError, match="knows no words"):
+        check_vocabulary(AutoTokenizer.from_pretrained(folder, local_files_only=True), "this")
+
+
+def test_code_of_a_folder_is_not_run_though_somebody_would_say_yes(tiny_tumor_model, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    odd = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config", "AutoModel": "odd.Model"}}
+    (folder / "config.json").write_text(json.dumps(odd))
+    refuses("cannot load the text encoder in text: .* custom code", source=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+DAMAGED = {
+    "half of the weights": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "something else": ("model.safetensors", lambda data: b"x" * 100),
+    "nothing": ("model.safetensors", lambda data: b""),
+    "a list for a config": ("config.json", lambda data: b"[]"),
+    "a word for a number": (
+        "config.json",
+        lambda data: json.dumps({**json.loads(data), "hidden_size": "16"}).encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_one_line(what, tiny_tumor_model, tmp_path):
+    folder = shutil.copytree(tiny_tumor_model / "text", tmp_path / "text")
+    file, change = DAMAGED[what]
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    refuses("cannot load the text encoder in text: ", source=folder)
+
+
+def test_a_lack_of_memory_is_no_damage(tiny_tumor_model, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        TextEncoder(tiny_tumor_model / "text", device="cpu").load()
 
 
 def test_describe_names_no_folder(encoder, tiny_tumor_model):

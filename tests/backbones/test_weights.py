@@ -7,16 +7,16 @@ import hashlib
 import pytest
 
 from zeroseg.backbones import file_sha256, fingerprint, resolve_folder, verify_sums, weights
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with two weight files and a SHA256SUMS that lists one of them and a config."""
+    """A folder with two weight files, a config, and a SHA256SUMS that lists all of them."""
     for name, data in {"unet/a.safetensors": b"one", "vae/b.safetensors": b"two", "unet/config.json": b"{}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    listed = ["unet/a.safetensors", "unet/config.json"]
+    listed = ["unet/a.safetensors", "unet/config.json", "vae/b.safetensors"]
     lines = [f"{hashlib.sha256((tmp_path / n).read_bytes()).hexdigest()}  {n}\n" for n in listed]
     (tmp_path / "SHA256SUMS").write_text("".join(lines))
     return tmp_path
@@ -86,6 +86,35 @@ def test_blank_lines_of_a_sums_file_mean_nothing(folder):
     assert len(verify_sums(folder)) == 2
 
 
+@pytest.mark.parametrize("between", ["  ", " *", "  ./", " *./", "\t"])
+def test_every_way_of_sha256sum_to_write_names_is_read(folder, between):
+    sums = folder / "SHA256SUMS"
+    lines = [line.split("  ") for line in sums.read_text().splitlines()]
+    lines.append(["0" * 64, "SHA256SUMS"])
+    sums.write_text("".join(f"{digest}{between}{name}\n" for digest, name in lines))
+    assert len(verify_sums(folder)) == 2
+    (folder / "vae/b.safetensors").write_bytes(b"changed")
+    with pytest.raises(WeightsError, match=r"vae/b.safetensors in .* does not match its SHA-256"):
+        verify_sums(folder)
+
+
+def test_weights_that_no_sum_covers_are_refused(folder):
+    (folder / "unet/c.safetensors").write_bytes(b"three")
+    with pytest.raises(WeightsError, match=r"unet/c.safetensors is not listed in SHA256SUMS"):
+        verify_sums(folder)
+    assert list(verify_sums(folder, ["unet/a.safetensors"])) == ["unet/a.safetensors"], "the others are not read"
+    with pytest.raises(WeightsError, match=r"unet/c.safetensors is not listed in SHA256SUMS"):
+        verify_sums(folder, ["unet/c.safetensors"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"0123abc\n"])
+def test_a_list_that_is_none_is_one_line(folder, content):
+    (folder / "SHA256SUMS").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"SHA256SUMS in .* is no list of sha256sum") as error:
+        verify_sums(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_fingerprint_depends_on_names_and_contents_not_on_order():
     one = fingerprint({"a": "1", "b": "2"})
     assert one == fingerprint({"b": "2", "a": "1"})
@@ -94,3 +123,17 @@ def test_fingerprint_depends_on_names_and_contents_not_on_order():
 
 def test_a_weights_error_is_one_the_user_can_mend():
     assert issubclass(WeightsError, ZeroSegError) and issubclass(ZeroSegError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("one\ntwo", "one"),
+        ("\n  one  \n", "one"),
+        ("Error(s) in loading state_dict for Net:\n\tMissing key(s): a", "Missing key(s): a"),
+        ("only this:", "only this:"),
+        (" \n", "ValueError"),
+    ],
+)
+def test_what_an_error_says_in_one_line(said, line):
+    assert first_line(ValueError(said)) == line

@@ -70,6 +70,14 @@ def test_other_weights_are_refused(tmp_path):
         SentenceEncoder(folder)
 
 
+@with_encoder
+def test_an_encoder_without_its_vocabulary_is_refused(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(installed() / name, tmp_path)
+    with pytest.raises(WeightsError, match=r"the sentence encoder in .* knows no words"):
+        SentenceEncoder(tmp_path)
+
+
 def test_without_the_extra_there_is_none(monkeypatch):
     monkeypatch.setattr(synonyms, "PACKAGE", "a_package_nobody_has")
     assert installed() is None

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+import encode_scenes
+import train_backbone
+import train_head
+import train_tumor_backbone
+import train_volume_head
+import train_words
 from phases import Phases, Schedule, averaged
 
 STEPS, LR, SEED = 12, 1e-2, 3
@@ -64,3 +72,38 @@ def test_a_phase_goes_on_with_its_optimizer_and_average(tmp_path):
     assert second.steps("one") == 8 and second.steps("two") == 0
     assert second.state["seconds"] > 0
     second.run("one", 8, again.parameters(), LR, lambda rng: pytest.fail("nothing is left to do"))
+
+
+@pytest.mark.parametrize("program", [train_backbone, train_tumor_backbone])
+def test_what_was_never_trained_is_not_exported(program, tmp_path):
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"--work .*work holds no checkpoint to export: train first"):
+        program.main([*folders, "--export-only"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_was_never_trained_is_not_exported(tmp_path, monkeypatch):
+    asked = ["train_volume_head.py", "--work", str(tmp_path / "work"), "--export", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit, match=r"--work .*work holds no checkpoint to export: train first"):
+        train_volume_head.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_training_without_shards_is_one_line(made, tmp_path, monkeypatch):
+    folder = tmp_path / "shards"
+    if made:
+        folder.mkdir()
+    monkeypatch.setattr("sys.argv", ["train_head.py", "--shards", str(folder), "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match=r"--shards .*shards holds no encoded scenes: give the --work folder of"):
+        train_head.main()
+    with pytest.raises(SystemExit, match=r"--work .*shards holds no encoded images: call with --encode first"):
+        train_words.main(["--work", str(folder), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
+
+
+def test_the_shards_that_are_read_are_those_that_are_written():
+    written = re.findall(r"--work (\S+)", encode_scenes.__doc__)
+    read = re.findall(r"--shards (\S+)", train_head.__doc__)
+    assert set(written) == set(read) == {"runs/interaction/shards"}

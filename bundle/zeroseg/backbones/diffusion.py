@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from zeroseg.backbones.weights import (
     choose_pipeline,
     fill,
     fingerprint,
-    first_line,
     pipeline_parts,
     read_tensors,
     relative_files,
@@ -26,7 +26,7 @@ from zeroseg.backbones.weights import (
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line, is_out_of_memory
 
 HARMLESS = ("*.position_ids", "text_projection.weight", "logit_scale")
 """Keys that a text encoder's file may hold in excess: the numbers 0, 1, 2 ..., which old versions of transformers saved, and
@@ -92,8 +92,8 @@ class StableDiffusionBackbone(FrozenModel):
         _quiet()
         try:
             self._read(folder, files)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, ZeroSegError):
+        except Exception as error:  # diffusers and transformers raise many kinds, few of them documented
+            if isinstance(error, ZeroSegError) or is_out_of_memory(error):
                 raise
             raise WeightsError(f"cannot load the backbone in {self.name}: {first_line(error)}") from error
         self._check()
@@ -129,6 +129,13 @@ class StableDiffusionBackbone(FrozenModel):
             state = {rename(key): value for key, value in read_tensors(folder, files[part]).items()}
             return fill(network, state, f"the {part} of {self.name}", harmless, self.device, dtype)
 
+        def config(part: str, kind: Any) -> dict:
+            found = kind.load_config(folder, subfolder=part, local_files_only=True)
+            # What is no object from_config takes for the name of a repository of the hub.
+            if not isinstance(found, dict):
+                raise WeightsError(f"the config of the {part} of {self.name} is no JSON object: copy the folder again")
+            return found
+
         def text_encoder(part: str, kind: type) -> nn.Module:
             with torch.device("meta"):
                 network = kind(CLIPTextConfig.from_pretrained(folder / part, local_files_only=True))
@@ -141,7 +148,7 @@ class StableDiffusionBackbone(FrozenModel):
 
         with torch.device("meta"):
             unet, vae = (
-                kind.from_config(kind.load_config(folder, subfolder=part, local_files_only=True))
+                kind.from_config(config(part, kind))
                 for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
             )
         half = torch.float32 if self.dtype == torch.float16 and "text_encoder_2" in files else self.dtype
@@ -156,11 +163,17 @@ class StableDiffusionBackbone(FrozenModel):
             for part in ("tokenizer", "tokenizer_2")[: len(self.text_encoders)]
         ]
         # Only the noise schedule is used, so any saved scheduler serves: its config names the betas.
-        self.schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        self.schedule = DDPMScheduler.from_config(config("scheduler", DDPMScheduler))
 
     def _check(self) -> None:
         """Refuse what loads, but is asked for something else than a latent, a timestep and a prompt."""
         config = self.unet.config
+        for part, name, value in (
+            ("unet", "sample_size", config.sample_size),
+            ("vae", "scaling_factor", self.vae.config.scaling_factor),
+        ):
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise WeightsError(f"the {name} of the {part} of {self.name} must be a positive number, not {value!r}")
         if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise WeightsError(
                 f"{self.name} predicts {self.schedule.config.prediction_type!r}; "
@@ -176,6 +189,13 @@ class StableDiffusionBackbone(FrozenModel):
             raise WeightsError(
                 f"the unet of {self.name} reads text of {config.cross_attention_dim} numbers, its text encoders give {width}"
             )
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            # Without its file transformers 5 makes a tokenizer that knows no words, and all prompts then mean the same.
+            if len(tokenizer) != encoder.config.vocab_size:
+                raise WeightsError(
+                    f"a tokenizer of {self.name} knows {len(tokenizer)} tokens, its text encoder "
+                    f"{encoder.config.vocab_size}: copy the folders tokenizer* again"
+                )
         wanted = "text_time" if len(self.text_encoders) == 2 else None
         if config.addition_embed_type != wanted or config.class_embed_type or config.encoder_hid_dim_type:
             raise WeightsError(f"the unet of {self.name} asks for conditions that a plain text-to-image model has not")
@@ -270,6 +290,13 @@ class StableDiffusionBackbone(FrozenModel):
         if self._empty_is_zero:
             context[[not prompt for prompt in prompts]] = 0
         return context
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt by the first tokenizer, its start and its end among them, as many as it keeps."""
+        tokenizer = self.tokenizer
+        # A fast tokenizer keeps how it pads and cuts: no other thread's call may come in between.
+        with self._lock:
+            return len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids)
 
     @torch.inference_mode()
     def add_noise(self, latents: Tensor, timestep: int, noise: Tensor) -> Tensor:

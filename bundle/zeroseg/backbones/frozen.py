@@ -30,7 +30,10 @@ def pick_device(device: str) -> torch.device:
         msg = f"unknown device {device!r}: use auto, cpu, cuda, cuda:0 or mps"
         raise ZeroSegError(msg) from None
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(picked.type, False):
+    there = available.get(picked.type, False)
+    if picked.type == "cuda" and picked.index is not None:
+        there = there and picked.index < torch.cuda.device_count()
+    if not there:
         msg = f"device {device!r} is not available on this machine: use auto or cpu"
         raise ZeroSegError(msg)
     return picked

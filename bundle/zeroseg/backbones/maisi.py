@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,10 @@ from zeroseg.backbones.weights import (
     MODELS,
     fill,
     fingerprint,
-    first_line,
     read_tensors,
     verify_sums,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line
 from zeroseg.hashing import file_sha256
 
 _OVERLAP = 0.25
@@ -344,6 +344,7 @@ class MaisiBackbone(FrozenModel):
             missing = "unet" if given == ["autoencoder"] else "autoencoder"
             raise ZeroSegError(f"{given[0]} is given without {missing}: give both released files, or neither")
         states = self._from_files() if given else self._from_folder()
+        _check_entries(self.config, self.name)
         self.scale_factor = float(self.config["scale_factor"])
         self.spacing = tuple(float(s) for s in self.config["spacing"])
         self.modalities = {str(k): int(v) for k, v in self.config["modalities"].items()}
@@ -373,8 +374,8 @@ class MaisiBackbone(FrozenModel):
                 else "give a folder in the embedded layout"
             )
             raise WeightsError(f"{where} holds no readable config.json: {hint}, or name MAISI's files") from None
-        except ValueError as error:
-            raise WeightsError(f"config.json in {where} is not valid JSON: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise WeightsError(f"config.json in {where} is not valid JSON: {first_line(error)}") from None
         absent = {"autoencoder", "unet", "scheduler", "scale_factor", "spacing", "modalities"} - set(self.config)
         if absent:
             raise WeightsError(f"config.json in {where} lacks {', '.join(sorted(absent))}: copy the folder again")
@@ -665,6 +666,33 @@ def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and "kind" not in value
         merged[key] = {**merged[key], **value} if both else value
     return merged
+
+
+def _check_entries(config: Mapping[str, Any], name: str) -> None:
+    """Refuse entries of a config, its own or overridden, that nothing else checks before they are used.
+
+    Raises:
+        ZeroSegError: one of them is of another kind or range.
+    """
+
+    def numbers(value: Any, count: int = 3, least: float = 0.0) -> bool:
+        listed = isinstance(value, (list, tuple)) and len(value) == count
+        return listed and all(isinstance(v, (int, float)) and math.isfinite(v) and v > least for v in value)
+
+    def classes(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(v, int) and v >= 0 for v in value.values())
+
+    wanted: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "scale_factor": ("a positive number", lambda value: numbers([value], 1)),
+        "spacing": ("three positive numbers", numbers),
+        "modalities": ("names with the numbers of their classes", classes),
+        "ct_window": ("two rising numbers", lambda value: numbers(value, 2, -math.inf) and value[0] < value[1]),
+        "window": ("three positive numbers", numbers),
+        "steps": ("a positive whole number", lambda value: isinstance(value, int) and value > 0),
+    }
+    for entry, (what, fits) in wanted.items():
+        if entry in config and not fits(config[entry]):
+            raise ZeroSegError(f"{entry} in the config of {name} must be {what}, not {config[entry]!r}")
 
 
 # Released files ------------------------------------------------------------------------------------------------------

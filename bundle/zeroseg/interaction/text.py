@@ -129,8 +129,7 @@ class TextProbe:
 
 def _words(backbone: StableDiffusionBackbone, prompt: str) -> slice:
     """The prompt's own tokens, without the start token, the end token and the padding."""
-    count = len(backbone.tokenizer(prompt, truncation=True, max_length=backbone.tokenizer.model_max_length).input_ids)
-    return slice(1, max(2, count - 1))
+    return slice(1, max(2, backbone.count_tokens(prompt) - 1))
 
 
 def _to_grid(values: Tensor, side: int) -> Tensor:
