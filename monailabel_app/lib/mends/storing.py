@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,13 +107,16 @@ class Storing(LocalDatastore):
             "label_tags": dict(tags),
         }
 
-    @_in_turn
     def _update_datastore_file(self, lock=True):
+        if lock:
+            with self.turn, FileLock(self._lock_file):
+                self._update_datastore_file(lock=False)
+            return
+        # Who holds MONAI Label's lock must not wait for a turn: others wait for that lock in theirs.
         table = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
-        with FileLock(self._lock_file) if lock else nullcontext():
-            with atomic_path(self._datastore_config_path) as part:
-                part.write_text(table)
-            self._config_ts = os.stat(self._datastore_config_path).st_mtime
+        with atomic_path(self._datastore_config_path) as part:
+            part.write_text(table)
+        self._config_ts = os.stat(self._datastore_config_path).st_mtime
 
     def _on_any_event(self, event):
         paths = [Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path]
