@@ -467,13 +467,13 @@ class TestOwnAdapters:
         parts = [one.maps(encoded, **asked).aova for one in (own, general)]
         together = inferer.maps(encoded, **asked).aova
         torch.testing.assert_close(together.margin, parts[0].margin + parts[1].margin)
-        # In PET the general ones weigh a quarter.
+        # In PET the general ones weigh half as much.
         encoded = inferer.encode(volume, AFFINE, "pet", "thigh")
         own, general = inferer._of("limb", "pet"), inferer.replace()
         own._beside = None
         general._of = lambda organ, modality: general
         pet = [one.maps(encoded, **asked).aova.margin for one in (own, general)]
-        torch.testing.assert_close(inferer.maps(encoded, **asked).aova.margin, pet[0] + pet[1] / 4)
+        torch.testing.assert_close(inferer.maps(encoded, **asked).aova.margin, pet[0] + pet[1] / 2)
         # Whether there is one at all is said by the limbs' own.
         assert together.image_logit == pytest.approx(parts[0].image_logit)
         assert "adapters" not in inferer.segment(volume, AFFINE, "mr", "limb").details
