@@ -289,8 +289,7 @@ class StudyDatastore(DICOMWebDatastore, Storing):
         nifti = folder.with_name(f"{image_id}.nii.gz")
         if not (fetching.is_whole(folder) and nifti.is_file()):
             with fetching.alone(folder.parent):
-                if not fetching.is_whole(folder):
-                    fetching.fetch(image_id, folder, self._client, self._fetch_by_frame)
+                fetching.fetch(image_id, folder, self._client, self._fetch_by_frame)
                 if not nifti.is_file():
                     self._convert(image_id, folder, nifti)
         return str(nifti)
@@ -320,8 +319,7 @@ class StudyDatastore(DICOMWebDatastore, Storing):
         if label_tag == DefaultLabelTag.FINAL:
             folder = Path(self._datastore.label_path(label_tag)).resolve() / label_id
             with fetching.alone(folder.parent):
-                if not fetching.is_whole(folder):
-                    fetching.fetch(label_id, folder, self._client, self._fetch_by_frame)
+                fetching.fetch(label_id, folder, self._client, self._fetch_by_frame)
         return super().get_label_uri(label_id, label_tag, image_id)
 
     def save_label(

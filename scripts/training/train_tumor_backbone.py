@@ -35,6 +35,7 @@ from phantoms3d import SPACING, make_volume
 from phases import Phases, Schedule, averaged, require_checkpoint
 from zeroseg.backbones.maisi import COMPACT, build_autoencoder, build_unet, make_scheduler, spacing_condition
 from zeroseg.backbones.weights import write_sums
+from zeroseg.tumor.aova import ENTRIES
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.prompts import MODALITIES, ORGANS, TEMPLATES, grammar
 
@@ -278,7 +279,7 @@ class Trainer:
 
         out.mkdir(parents=True, exist_ok=True)
         before = json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
-        kept = {k: before[k] for k in ("adapters", "fusion", "presence", "presence_of", "head") if k in before}
+        kept = {k: before[k] for k in ("adapters", *ENTRIES) if k in before}
         config = {**self.config, "scale_factor": 1 / self.state.get("latent_std", 1.0), **kept}
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file({k: v.half().contiguous() for k, v in self.autoencoder.state_dict().items()}, out / "autoencoder.safetensors")  # fmt: skip

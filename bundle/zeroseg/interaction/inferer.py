@@ -33,7 +33,7 @@ from zeroseg.interaction.synonyms import sentence_encoder
 from zeroseg.interaction.text import TextEvidence, TextProbe, standardise
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
 from zeroseg.interaction.volume import segment_volume
-from zeroseg.interaction.volume_session import VolumeSessions, answer_volume, spacing_of
+from zeroseg.interaction.volume_session import VolumeSessions, affines_of, answer_volume, spacing_of
 from zeroseg.interaction.word_head import WordProbe
 from zeroseg.segmentation import Segmentation, scores_of
 from zeroseg.timing import timed
@@ -511,10 +511,7 @@ class AttentionSegmentationInferer(Inferer):
         each = prompts if isinstance(prompts, (list, tuple)) else [prompts or {}] * len(inputs)
         if len(each) != len(inputs):
             raise ZeroSegError(f"{len(each)} prompts were given for a batch of {len(inputs)}")
-        affine: Any = kwargs.get("affine")
-        if affine is None and isinstance(inputs, MetaTensor) and inputs.ndim == 5:
-            affine = np.asarray(inputs.affine)
-        affines = list(affine) if np.ndim(affine) == 3 else [affine] * len(inputs)
+        affines = affines_of(inputs, kwargs.get("affine"))
         masks = [
             torch.from_numpy(self.segment(image, affine=one, **prompt).labels)[None]
             for image, one, prompt in zip(inputs.as_subclass(Tensor), affines, each, strict=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from zeroseg.interaction.prompts import Prompts
 from zeroseg.interaction.settings import Settings
 from zeroseg.interaction.strokes import stroke_odds
 from zeroseg.regions import depth_inside, distance_to, innermost, largest_component
+
+Made = TypeVar("Made")
 
 MARGIN = 1.6
 """A window is this many times as wide as the answer it is to mend."""
@@ -236,14 +238,36 @@ def events_of(encoded: EncodedImage, prompts: Prompts) -> list[Event]:
         rows, columns = np.nonzero(prompts.scribbles)
         at = np.stack([rows * shape[0] // encoded.size[0], columns * shape[1] // encoded.size[1]], 1)
         marks = [(int(r), int(c), int(prompts.scribbles[y, x])) for (r, c), y, x in zip(at, rows, columns, strict=True)]
-    # What is background waits until there is an object.
-    known = box is not None or prompts.mask is not None or any(kind == 1 for _, _, kind in marks)
-    waiting = [] if known else marks
-    events = [Event(tuple(marks), box)] if known and (marks or box) else []
-    for click, label in zip(prompts.points, prompts.labels, strict=True):
-        waiting.append((*pixel_of(encoded, click), 1 if label else 2))
-        if events or prompts.mask is not None or label:
-            events.append(Event(tuple(waiting)))
+    places = (pixel_of(encoded, click) for click in prompts.points)
+    return in_order(prompts, marks, box, places, Event)
+
+
+def in_order(
+    prompts: Prompts,
+    marks: list,
+    box: tuple[int, ...] | None,
+    places: Iterable[tuple[int, ...]],
+    event: Callable[..., Made],
+) -> list[Made]:
+    """The events of a session, in images and in volumes: strokes and box first, together; then the clicks, one by one.
+
+    What is marked as background before there is an object waits for it.
+
+    Args:
+        prompts: checked.
+        marks: (*place, kind) of every place drawn on; kind 1 object, 2 background.
+        box: on the same grid, or None.
+        places: of the clicks, in the order they were made.
+        event: makes one of marks and, perhaps, a box.
+    """
+    known = box is not None or prompts.mask is not None or any(kind == 1 for *_, kind in marks)
+    events = [event(tuple(marks), box)] if known and (marks or box) else []
+    waiting = [] if known else [*marks]
+    for place, label in zip(places, prompts.labels, strict=True):
+        waiting.append((*place, 1 if label else 2))
+        known = known or bool(label)
+        if known:
+            events.append(event(tuple(waiting)))
             waiting = []
     return events
 

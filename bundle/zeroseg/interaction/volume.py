@@ -197,8 +197,8 @@ class _Walk:
             return None
         row, column = innermost(before)
         points, labels = [[float(column), float(row)], *avoid.get("points", [])], [1, *avoid.get("labels", [])]
-        strokes = {name: avoid[name] for name in ("scribbles",) if name in avoid}
-        result = self._collect(self.inferer.predict(self._encode(k), "points", points=points, labels=labels, **strokes))
+        marks = {**avoid, "points": points, "labels": labels}
+        result = self._collect(self.inferer.predict(self._encode(k), "points", **marks))
         now = result.labels > 0
         overlap = 2 * np.count_nonzero(now & before) / max(1, np.count_nonzero(now) + np.count_nonzero(before))
         growth = np.count_nonzero(now) / max(1, np.count_nonzero(before))

@@ -16,15 +16,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from scipy import ndimage
 from torch import Tensor
 
 from zeroseg.backbones.weights import MODELS
 from zeroseg.errors import ZeroSegError
-from zeroseg.interaction.promptable import STEP, agreement, load_head, same_beginning
+from zeroseg.interaction.promptable import STEP, agreement, in_order, load_head, same_beginning
 from zeroseg.interaction.prompts import Prompts, contradicts
 from zeroseg.interaction.volume_head import (
     CANDIDATES,
@@ -120,10 +122,7 @@ class VolumeAnswer:
 
 
 def volume_events(prompts: Prompts) -> list[VolumeEvent]:
-    """Checked prompts as the events of a session: strokes and box first, together; then the clicks, one by one.
-
-    What is marked as background before there is an object waits for it.
-    """
+    """Checked prompts as the events of a session, see ``in_order``."""
     marks: list[tuple[int, int, int, int]] = []
     box = None
     if prompts.box is not None:
@@ -133,15 +132,19 @@ def volume_events(prompts: Prompts) -> list[VolumeEvent]:
     if prompts.scribbles is not None:
         places = np.argwhere(prompts.scribbles)
         marks = [(int(x), int(y), int(z), int(prompts.scribbles[x, y, z])) for x, y, z in places]
-    events, waiting = [], marks
-    if box or prompts.mask is not None or any(kind == 1 for *_, kind in marks):
-        events, waiting = [VolumeEvent(tuple(marks), box)] if marks or box else [], []
-    for (x, y, z), label in zip(prompts.points, prompts.labels, strict=True):
-        waiting.append((int(x + 0.5), int(y + 0.5), int(z + 0.5), 1 if label else 2))
-        if events or prompts.mask is not None or label:
-            events.append(VolumeEvent(tuple(waiting)))
-            waiting = []
-    return events
+    clicks = ((int(x + 0.5), int(y + 0.5), int(z + 0.5)) for x, y, z in prompts.points)
+    return in_order(prompts, marks, box, clicks, VolumeEvent)
+
+
+def affines_of(inputs: Tensor, given: Any) -> list[Any]:
+    """The affine of every item of a batch, as MONAI's inferers are given batches.
+
+    Args:
+        inputs: (B, ...); a MetaTensor knows its own.
+        given: (4, 4) of all items, (B, 4, 4), or None.
+    """
+    affine = np.asarray(inputs.affine) if given is None and isinstance(inputs, MetaTensor) else given
+    return list(affine) if np.ndim(affine) == 3 else [affine] * len(inputs)
 
 
 def spacing_of(affine: np.ndarray | None) -> tuple[float, float, float]:

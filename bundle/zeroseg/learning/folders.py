@@ -59,7 +59,7 @@ def read_folders(
     if not pairs:
         raise ZeroSegError(f"no mask in {masks} has the name of an image in {images} (without extension)")
     read = [_read_mask(mask) for _, mask in pairs]
-    arrays = [array for array, _ in read]
+    arrays, affines = [array for array, _ in read], [affine for _, affine in read]
     values = sorted({int(value) for array in arrays for value in np.unique(array)} - {0})
     if labels is None:
         if not values:
@@ -70,7 +70,7 @@ def read_folders(
         else:
             labels = {f"label {value}": value for value in values}
     cases = []
-    for (file, mask), array, (_, affine) in zip(pairs, arrays, read, strict=True):
+    for (file, mask), array, affine in zip(pairs, arrays, affines, strict=True):
         image = read_image(file)
         check_same_grid(f"the mask {mask.paths[0].name}", array.shape, affine, image.shape, image.affine)
         cases.append(Case(to_unit_range(image, window), array))

@@ -29,6 +29,9 @@ prompt."""
 OVERLAP = 0.25
 """Share of the longest window that neighbours have in common."""
 
+ENTRIES = ("fusion", "presence", "presence_of", "beside", "head")
+"""Of ``config.json`` beside the adapters' options, see ``load_adapters``."""
+
 Slices = tuple[slice, slice, slice]
 
 
@@ -280,8 +283,8 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
             f"the adapters in {name} read text vectors of {adapters.options['text_dim']} numbers, the text encoder gives {text_dim}: "
             "adapters fit only the encoder they were trained with"
         )
-    adapters.fusion, adapters.presence, adapters.head = (config.get(name) for name in ("fusion", "presence", "head"))
-    adapters.presence_of, adapters.beside = config.get("presence_of"), config.get("beside")
+    for entry in ENTRIES:
+        setattr(adapters, entry, config.get(entry))
     adapters.sha256 = file_sha256(path)
     return use_onednn(adapters).eval().requires_grad_(False)
 

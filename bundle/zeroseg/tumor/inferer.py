@@ -23,7 +23,7 @@ from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_HEAD, EMBEDDED_LIMB, EM
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.prompts import Prompts, check_prompts
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
-from zeroseg.interaction.volume_session import VolumeEvent, VolumeSessions, answer_volume, spacing_of
+from zeroseg.interaction.volume_session import VolumeEvent, VolumeSessions, affines_of, answer_volume, spacing_of
 from zeroseg.regions import innermost, largest_component
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
@@ -675,10 +675,7 @@ class TumorSegmentationInferer(Inferer):
         """
         if inputs.ndim not in (4, 5):
             raise ZeroSegError(f"inputs must be (B, 1, X, Y, Z) or (B, 1, H, W), not {tuple(inputs.shape)}")
-        affine = kwargs.pop("affine", None)
-        if affine is None and isinstance(inputs, MetaTensor):
-            affine = np.asarray(inputs.affine)
-        affines = list(affine) if np.ndim(affine) == 3 else [affine] * len(inputs)
+        affines = affines_of(inputs, kwargs.pop("affine", None))
         masks = []
         for volume, one in zip(inputs.as_subclass(Tensor), affines, strict=True):
             volume = volume[..., None] if inputs.ndim == 4 else volume

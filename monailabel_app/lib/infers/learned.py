@@ -47,7 +47,7 @@ class Learned(ZeroSegTask):
 
     def fit_labels(self, result: Segmentation) -> dict[int, int]:
         """They stay as they are: a value is the name that was learned, whether or not the others are there."""
-        return {}
+        return {value: value for value in result.details["head"]["labels"].values()}
 
     def label_names(self, result: Segmentation, options: dict[str, Any]) -> dict[str, int]:
         """Of the head that answered; another one may be served by now."""

@@ -42,7 +42,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def fetch(series: str, folder: Path, client: Any, by_frame: bool) -> None:
-    """Download a series; its folder appears whole or not at all.
+    """Download a series that is not there yet; its folder appears whole or not at all. Only ``alone``.
 
     Args:
         series: its instance UID.
@@ -54,6 +54,8 @@ def fetch(series: str, folder: Path, client: Any, by_frame: bool) -> None:
         NotFound: the server has no such series.
         OSError: the disk is full, or the server does not answer.
     """
+    if is_whole(folder):
+        return
     with staged(folder.parent) as stage:
         try:
             dicom.dicom_web_download_series(None, series, str(stage / folder.name), client, by_frame)

@@ -43,19 +43,18 @@ class TrainingCase:
     def stem(self) -> str:
         return self.image.name.split(".")[0]
 
-    def check(self) -> None:
-        """Look at the headers of both files.
+    def check(self) -> tuple[Any, Any]:
+        """Look at the headers of both files; returns both, as nibabel opens them, their values still on the disk.
 
         Raises:
             ZeroSegError: one of them cannot be read, or the mask does not lie on the volume's grid.
         """
-        found = []
-        for path in (self.image, self.mask):
-            with decoding(path):
-                header = nib.load(path)
-                found.append((header.shape, header.affine))
-        (shape, affine), (mask_shape, mask_affine) = found
-        check_same_grid(f"the mask of {self.stem}", mask_shape, mask_affine, shape, affine)
+        with decoding(self.image):
+            image = nib.load(self.image)
+        with decoding(self.mask):
+            mask = nib.load(self.mask)
+        check_same_grid(f"the mask of {self.stem}", mask.shape, mask.affine, image.shape, image.affine)
+        return image, mask
 
     def identity(self) -> dict[str, Any]:
         """What tells it from other cases, wherever its files lie: their SHA-256, and all that is said of them; JSON-serialisable.
@@ -76,11 +75,11 @@ class TrainingCase:
         Raises:
             ZeroSegError: as ``check``, or a file is damaged.
         """
-        self.check()
+        image, mask = self.check()
         with decoding(self.image):
-            image = nib.load(self.image)
             values = np.asarray(image.dataobj, dtype=np.float32)[None]
-        return values, image.affine, self.load_mask()
+        with decoding(self.mask):
+            return values, image.affine, np.asarray(mask.dataobj)
 
     def load_mask(self) -> np.ndarray:
         """(X, Y, Z) mask, not zero where the lesion is.
