@@ -59,7 +59,7 @@ UNSAID = {
     "retinal oct": ("tissue", "lesion", "vessels"),
     "dental x-ray": ("tissue", "bone", "lesion", "opacity"),
     "bone x-ray": ("tissue", "muscle", "fat", "body", "lesion", "opacity"),
-    "wound photograph": ("tissue", "body", "lesion", "hair"),
+    "wound photograph": ("tissue", "body", "lesion", "skin lesion", "hair"),
     "fluorescence microscopy": ("cells", "tissue", "microscopy", "cell nuclei"),
     "electron microscopy": ("cells", "tissue", "cell nuclei"),
     "blood smear": ("cell nuclei", "cells"),

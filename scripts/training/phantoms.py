@@ -671,6 +671,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="of the volumes (default 0)")
     parser.add_argument("--held-out", action="store_true", help="volumes with the lesion kinds kept out of training")
     parser.add_argument("--lesions", choices=["half", "all", "none"], default="half", help="which volumes have one")
+    parser.add_argument(
+        "--scene", choices=["limb", "abdomen", "chest", "head"], help="what all volumes show (default: drawn)"
+    )
     args = parser.parse_args()
     from pathlib import Path
 
@@ -679,7 +682,9 @@ def main() -> None:
 
         lesion = {"half": None, "all": True, "none": False}[args.lesions]
         kinds = HELD_OUT if args.held_out else KINDS
-        for case in write_volumes(Path(args.out), args.volumes, args.first_seed, kinds=kinds, lesion=lesion):
+        for case in write_volumes(
+            Path(args.out), args.volumes, args.first_seed, kinds=kinds, lesion=lesion, scene=args.scene
+        ):
             print(f"{case.seed:8d}  {case.caption}")
         return
     from PIL import Image

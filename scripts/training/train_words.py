@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,8 @@ ZOOM = 0.4
 """Share of the phantoms that are seen from near."""
 DOUBT = 0.15
 """Weight of a real image's not showing what no real image shows in training."""
+CLOSE_UPS, CLOSE_UP = "blood_bccd", shows(("blood smear", "white blood cell"), ("red blood cells",))
+"""Folder of smears that each hold a white cell, and what a part of such an image shows, cut out around the stained nucleus."""
 SEEDS = 7_000_000
 """Of the first phantom; those of the backbone's training and those drawn to measure with are others."""
 SLABS = {
@@ -118,9 +121,12 @@ def of_volume(seed: int) -> Drawn:
     values, lesion, tissue = volume.image[..., at].T, volume.mask[..., at].T, volume.tissue[..., at].T
     if modality == "ct":
         level, width = (40, 400) if rng.random() < 0.5 else (rng.uniform(0, 80), rng.uniform(80, 600))
-        if scene == "chest" and rng.random() < 0.6:
+        if scene == "chest" and rng.random() < 0.4:
             level, width = -500, 1500
         low, high = level - width / 2, level + width / 2
+        if rng.random() < 0.4:
+            # As many show soft tissue: fat is black.
+            low, high = rng.uniform(-60, 30), rng.uniform(150, 400)
     else:
         low, high = np.percentile(values, (1, rng.uniform(98.5, 99.9)))
     image = (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
@@ -148,14 +154,19 @@ def real_images(unlabelled: Path, training: Path, volumes: Path) -> list[list[tu
         folders += [
             (d.name, sorted((d / "images").iterdir())) for d in sorted(root.iterdir()) if (d / "images").is_dir()
         ]
-    return [
-        [(p, of_file(name, p.name), name) for p in files] for name, files in folders if name in MIXED or name in FOLDERS
-    ]
+    known = {name: files for name, files in folders if name in MIXED or name in FOLDERS}
+    near = [(p, CLOSE_UP, f"{CLOSE_UPS} from near") for p in known[CLOSE_UPS]]
+    return [near, *([(p, of_file(name, p.name), name) for p in files] for name, files in known.items())]
 
 
 def of_file_drawn(path: Path, what: Shows, rng: np.random.Generator) -> Drawn:
     if not path.name.endswith((".nii", ".nii.gz")):
-        return Drawn(np.asarray(Image.open(path).convert("RGB")), what, None)
+        image = np.asarray(Image.open(path).convert("RGB"))
+        if what is CLOSE_UP:
+            nucleus = {"nucleus": stained(image)}
+            y, x, h, w = next(filter(None, (near_one(nucleus, rng) for _ in range(9))), (0, 0, *image.shape[:2]))
+            image = image[y : y + h, x : x + w]
+        return Drawn(image, what, None)
     import nibabel as nib
 
     image = nib.load(path)
@@ -172,10 +183,20 @@ def of_file_drawn(path: Path, what: Shows, rng: np.random.Generator) -> Drawn:
         # CT in HU: as a window of soft tissue.
         level, width = rng.uniform(0, 80), rng.uniform(120, 600)
         low, high = level - width / 2, level + width / 2
+        if rng.random() < 0.4:
+            low, high = rng.uniform(-60, 30), rng.uniform(150, 400)
     grey = np.clip((part - low) / max(high - low, 1e-6), 0, 1)
     step = zooms[::-1] / zooms.min()
     grey = cv2.resize(grey, None, fx=float(step[1]) if axis != 2 else 1.0, fy=float(step[0]) if axis != 2 else 1.0)
     return Drawn(np.repeat((grey * 255).astype(np.uint8)[..., None], 3, 2), what, None)
+
+
+def stained(image: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the largest part of a smear that is stained as nuclei of white cells are, dark and purple; by colour alone."""
+    r, g, b = np.moveaxis(image.astype(np.float32), 2, 0)
+    purple = cv2.GaussianBlur((r + b) / 2 - g, (0, 0), image.shape[0] / 80)
+    parts, count = ndimage.label(purple > 0.6 * purple.max())
+    return parts == np.bincount(parts.ravel())[1:].argmax() + 1 if count else parts > 0
 
 
 def near_one(masks: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[int, int, int, int] | None:
@@ -365,15 +386,17 @@ def shifts(x: np.ndarray, said: np.ndarray, real: np.ndarray) -> tuple[torch.Ten
     return tuple(torch.from_numpy(np.stack(f or [np.zeros(means.shape[1], np.float32)])) for f in found)
 
 
-def fit(args: argparse.Namespace) -> tuple[WordHead, list[dict], dict[str, int]]:
-    data = read_shards(args.work, args.most)
+def fit(
+    args: argparse.Namespace, data: dict[str, np.ndarray], seed: int
+) -> tuple[WordHead, list[dict], dict[str, int]]:
+    """A head of one member, its losses, and how many images of which folder it saw."""
     source = data["source"]
     keep = ~np.isin(source, args.without)
     index = np.flatnonzero(keep)
     x = torch.from_numpy(data["x"])
     said, place, exact = (torch.from_numpy(data[k]) for k in ("said", "place", "exact"))
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     head = WordHead(CONCEPTS, LEAF_KINDS, x.shape[1])
     kind_of, not_absent = data["said"][index][:, LEAVES] == 1, data["said"][index] != 0
     seen = not_absent.T.astype(np.float32) @ kind_of.astype(np.float32) > 0
@@ -435,6 +458,13 @@ def fit(args: argparse.Namespace) -> tuple[WordHead, list[dict], dict[str, int]]
     return average.module.eval(), log, counts
 
 
+def joined(heads: Sequence[WordHead]) -> WordHead:
+    """One head with the members of several, trained on the same images."""
+    first = heads[0]
+    first.members = torch.nn.ModuleList(member for head in heads for member in head.members)
+    return first
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the encoded images")
@@ -459,7 +489,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shift", type=float, default=0.6, help="share of images moved from what is drawn to what is real, or back"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--members", type=int, default=1, help="networks, each trained alone, that answer by their mean"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first member")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder to write the head to")
     args = parser.parse_args(argv)
@@ -468,7 +501,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.encode:
         encode(args)
         return 0
-    head, log, counts = fit(args)
+    data = read_shards(args.work, args.most)
+    fits = [fit(args, data, args.seed + i) for i in range(args.members)]
+    head, counts = joined([head for head, _, _ in fits]), fits[0][2]
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in head.state_dict().items()}, str(args.out / "head.safetensors"))
@@ -480,14 +515,15 @@ def main(argv: list[str] | None = None) -> int:
             "channels": head.channels,
             "offset": args.offset,
             "width": head.width,
-            "blocks": len(head.blocks),
+            "blocks": len(head.members[0].blocks),
+            "members": len(head.members),
         }
         (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         about = {
             "steps": args.steps,
             "images": counts,
             "parameters": sum(p.numel() for p in head.parameters()),
-            "log": log,
+            "log": {f"member {i}": log for i, (_, log, _) in enumerate(fits)},
         }
         (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n")
         write_sums(args.out)

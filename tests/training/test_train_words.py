@@ -8,7 +8,7 @@ from PIL import Image
 
 from concepts import CONCEPTS, FOLDERS, IMPLIES, KINDS, of_file, shows
 from phantoms import FURTHER, make_phantom
-from train_words import Drawn, changed, labels, main, near_one, of_phantom, of_volume
+from train_words import CLOSE_UP, Drawn, changed, labels, main, near_one, of_file_drawn, of_phantom, of_volume, stained
 from zeroseg.interaction.word_head import SIDE, load_word_head
 
 
@@ -62,6 +62,20 @@ def test_a_look_from_near_holds_a_part():
     assert near_one({"liver": np.ones((96, 96), bool)}, np.random.default_rng(0)) is None
 
 
+def test_what_is_stained_as_a_nucleus_is_looked_at_from_near(tmp_path):
+    image = np.full((96, 120, 3), (210, 200, 205), np.uint8)
+    image[10:30, 10:30] = (205, 150, 140)  # a red cell
+    image[50:70, 60:84] = (110, 50, 160)
+    image[4:7, 100:103] = (110, 50, 160)  # a platelet
+    assert stained(image)[60, 70] and not stained(image)[:40].any()
+    path = tmp_path / "smear.png"
+    Image.fromarray(image).save(path)
+    assert of_file_drawn(path, FOLDERS["blood_bccd"], np.random.default_rng(0)).image.shape == image.shape
+    for seed in range(6):
+        near = of_file_drawn(path, CLOSE_UP, np.random.default_rng(seed)).image
+        assert near.shape[0] == near.shape[1] < 90 and (near[..., 1] < 60).sum() > 100
+
+
 @pytest.mark.slow
 def test_from_images_to_a_head_that_loads(tmp_path):
     rng = np.random.default_rng(0)
@@ -83,6 +97,8 @@ def test_from_images_to_a_head_that_loads(tmp_path):
     assert main([work, "--encode", "64", *folders]) == 0 and shard.stat().st_mtime_ns == before, (
         "it goes on where it ended"
     )
-    assert main([work, "--steps", "2", "--batch", "4", "--out", str(tmp_path / "head")]) == 0
+    assert main([work, "--steps", "2", "--batch", "4", "--members", "2", "--out", str(tmp_path / "head")]) == 0
     head, placeless = load_word_head(tmp_path / "head")
     assert head.concepts == CONCEPTS and placeless == set(KINDS)
+    first, second = (dict(member.named_parameters())["place.bias"] for member in head.members)
+    assert (first != second).any(), "each was trained alone"

@@ -38,7 +38,7 @@ from zeroseg.tumor.training import (
     volume_terms,
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
-from zeroseg.tumor.training.samples import augmented, beside
+from zeroseg.tumor.training.samples import as_picture, augmented, beside
 from zeroseg.tumor.training.trainer import IDENTITY, Steps
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
@@ -268,7 +268,7 @@ def test_a_unet_trains_on_whole_volumes_with_grown_lesions(model, material, tmp_
         out=tmp_path,
         work=tmp_path / "work",
         schedule=Schedule(steps=0, volume_steps=3, batch=1, minutes=5),
-        sampling=Sampling(crop=16, grown=1.0, scales=(0.6, 1.2), recoloured=0.5, healthy_part=0.5),
+        sampling=Sampling(crop=16, grown=1.0, scales=(0.6, 1.2), recoloured=0.5, healthy_part=0.5, pictures=0.5),
         adapters={"deeper": [8, 8]},
         fusion_volumes=0,
     )
@@ -372,6 +372,20 @@ def test_losses_reward_the_right_answer():
     aligned = volume_terms(output, prompts, ROLES, target)["align"]
     output.pooled = prompts.roll(1, 0)
     assert aligned < volume_terms(output, prompts, ROLES, target)["align"]
+
+
+def test_a_picture_is_one_slice_of_the_lesion_in_some_window():
+    volume = torch.linspace(0, 1, 8).repeat(1, 1, 8, 6, 1).clone()
+    target = torch.zeros(8, 6, 8, dtype=torch.bool)
+    target[2:4, 1:3, 5] = True
+    shown, mask = as_picture(volume, target, np.random.default_rng(0), "mr", 4)
+    assert shown.shape == (1, 1, 8, 6, 4) and torch.equal(shown, volume[..., 5:6].expand_as(shown))
+    assert torch.equal(mask, target[..., 5:6].expand(8, 6, 4))
+    healthy, none = as_picture(volume, torch.zeros_like(target), np.random.default_rng(0), "ct", 4)
+    assert healthy.std() == 0 and not none.any()
+    grey = torch.linspace(0, 1, 64).reshape(1, 1, 8, 8, 1)
+    seen = [as_picture(grey, torch.zeros(8, 8, 1), np.random.default_rng(seed), "ct", 1)[0] for seed in range(20)]
+    assert any((one == 0).sum() > 8 for one in seen) and all(one.min() >= 0 and one.max() <= 1 for one in seen)
 
 
 def test_what_lies_beside_a_lesion_is_a_healthy_part_of_whole_windows():

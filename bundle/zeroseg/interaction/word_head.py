@@ -60,34 +60,18 @@ def read_features(backbone: StableDiffusionBackbone, square: Tensor) -> Tensor:
     return word_features(read.features, square.clamp(0, 1))
 
 
-class WordHead(nn.Module):
-    """Concepts in an image and in its cells.
+class WordReader(nn.Module):
+    """One network of a :class:`WordHead`.
 
     Args:
-        concepts: names, in the order of the outputs.
-        kinds: those of them of which an image is exactly one, such as chest x-ray.
-        channels: of ``word_features``.
+        concepts: number of the outputs.
+        channels: of what it reads.
         width: of the hidden layers.
         blocks: residual blocks of two 3 x 3 convolutions.
-        offset: added to the log-odds of presence: what was trained on phantoms is unsure of real images.
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[str],
-        kinds: Sequence[str],
-        channels: int,
-        width: int = 96,
-        blocks: int = 1,
-        offset: float = 0.0,
-    ):
+    def __init__(self, concepts: int, channels: int, width: int, blocks: int):
         super().__init__()
-        self.concepts, self.kinds, self.channels, self.width = tuple(concepts), tuple(kinds), channels, width
-        self.offset = offset
-        # Which concepts are seen in which kinds of image.
-        self.register_buffer("seen_in", torch.ones(len(self.concepts), len(self.kinds), dtype=torch.bool))
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("spread", torch.ones(channels))
         self.stem = nn.Conv2d(channels, width, 1)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -100,19 +84,58 @@ class WordHead(nn.Module):
             )
             for _ in range(blocks)
         )
-        self.place = nn.Conv2d(width, len(self.concepts), 1)
+        self.place = nn.Conv2d(width, concepts, 1)
         self.present = nn.Sequential(
             nn.LayerNorm(2 * width), nn.Dropout(0.3), nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(0.3),
-            nn.Linear(width, len(self.concepts)),
+            nn.Linear(width, concepts),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, F, SIDE, SIDE) -> logits (B, C) of presence and (B, C, SIDE, SIDE) of place."""
-        x = self.stem((x - self.mean[:, None, None]) / self.spread[:, None, None])
+        """(B, F, SIDE, SIDE), standardised -> logits (B, C) of presence and (B, C, SIDE, SIDE) of place."""
+        x = self.stem(x)
         for block in self.blocks:
             x = x + block(x)
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         return self.present(pooled), self.place(F.gelu(x))
+
+
+class WordHead(nn.Module):
+    """Concepts in an image and in its cells, by one network or by the mean of several that were trained alone: what one of them takes for a
+    sign in images of a kind it has never seen, the others mostly do not.
+
+    Args:
+        concepts: names, in the order of the outputs.
+        kinds: those of them of which an image is exactly one, such as chest x-ray.
+        channels: of ``word_features``.
+        width, blocks: of each network, see :class:`WordReader`.
+        offset: added to the log-odds of presence: what was trained on phantoms is unsure of real images.
+        members: networks.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[str],
+        kinds: Sequence[str],
+        channels: int,
+        width: int = 96,
+        blocks: int = 1,
+        offset: float = 0.0,
+        members: int = 1,
+    ):
+        super().__init__()
+        self.concepts, self.kinds, self.channels, self.width = tuple(concepts), tuple(kinds), channels, width
+        self.offset = offset
+        # Which concepts are seen in which kinds of image.
+        self.register_buffer("seen_in", torch.ones(len(self.concepts), len(self.kinds), dtype=torch.bool))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("spread", torch.ones(channels))
+        self.members = nn.ModuleList(WordReader(len(concepts), channels, width, blocks) for _ in range(members))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, SIDE, SIDE) -> logits (B, C) of presence and (B, C, SIDE, SIDE) of place, means of the members'."""
+        x = (x - self.mean[:, None, None]) / self.spread[:, None, None]
+        present, place = zip(*(member(x) for member in self.members), strict=True)
+        return torch.stack(present).mean(0), torch.stack(place).mean(0)
 
     def certainty(self, present: Tensor) -> Tensor:
         """(B, C) log-odds that a concept is in the image: its own, but no more than those of the kinds of image that it is seen in."""
@@ -134,7 +157,7 @@ def load_word_head(folder: Path = WORD_HEAD) -> tuple[WordHead, frozenset[str]]:
     try:
         config = json.loads((folder / "config.json").read_text())
         verify_sums(folder)
-        shape = (config[k] for k in ("concepts", "kinds", "channels", "width", "blocks", "offset"))
+        shape = (config[k] for k in ("concepts", "kinds", "channels", "width", "blocks", "offset", "members"))
         head = WordHead(*shape)
         head.load_state_dict(load_file(str(folder / "head.safetensors")))
         placeless = frozenset(config["placeless"])

@@ -28,6 +28,8 @@ CROP_MM = 144.0
 """Side of what is trained on at once: 48 voxels of the embedded model."""
 KEPT_BYTES = 2**31
 """Of volumes that are read once and kept."""
+PICTURE_WINDOW = 0.7
+"""Share of pictures of CT that are shown through another window."""
 OTHER_SEQUENCE = 0.25
 """Share of MR readings whose tissues change places in brightness."""
 
@@ -130,6 +132,23 @@ def beside(target: Tensor, rng: np.random.Generator, multiple: int) -> tuple[sli
     return found[rng.integers(len(found))] if found else None
 
 
+def as_picture(
+    volume: Tensor, target: Tensor, rng: np.random.Generator, modality: str, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """One slice of a (1, 1, X, Y, Z) volume across its last axis, as deep as the model needs it; of CT, through another window.
+
+    So pictures are read (:func:`zeroseg.tumor.prepare.prepare`): a single slice, repeated. A picture of CT shows soft tissue as somebody
+    chose to, mostly with fat in black.
+    """
+    hits = target.any(0).any(0).nonzero().flatten()
+    at = int(hits[rng.integers(len(hits))]) if len(hits) else int(rng.integers(target.shape[2]))
+    flat = volume[..., at : at + 1]
+    if modality == "ct" and rng.random() < PICTURE_WINDOW:
+        low, high = rng.uniform(0, 0.55), rng.uniform(0.7, 1.0)
+        flat = ((flat - low) / (high - low)).clamp(0, 1)
+    return flat.repeat(1, 1, 1, 1, multiple), target[..., at : at + 1].repeat(1, 1, multiple)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How cases become samples.
@@ -143,6 +162,7 @@ class Sampling:
         healthy_part: chance that of a real volume only what lies beside its lesions is shown; without that, real would mean ill.
         scales: between which the working spacing is drawn, as shares of the backbone's.
         recoloured: chance that a volume's values pass through a random curve, so that no modality's greys are learned by heart.
+        pictures: chance that a single slice of the volume is shown, see :func:`as_picture`.
         readers: processes that read volumes beside this one; 0: this one does, as a GPU needs it.
     """
 
@@ -154,6 +174,7 @@ class Sampling:
     scales: tuple[float, float] = (0.8, 1.2)
     recoloured: float = 0.0
     healthy_part: float = 0.0
+    pictures: float = 0.0
 
 
 def check_numbers(options: Any) -> None:
@@ -223,6 +244,8 @@ class CaseReader:
                 found = grow_lesion(volume[0, 0].numpy(), prepared.spacing, rng, case.modality)
                 if found is not None:
                     volume, target = torch.from_numpy(found[0])[None, None], target | torch.from_numpy(found[1])
+            if rng.random() < self.sampling.pictures:
+                volume, target = as_picture(volume, target, rng, case.modality, backbone.size_multiple)
         features = self.backbone.read(volume).features
         return Example(tuple(f.cpu() for f in features), target, case, math.prod(prepared.spacing) / 1000)
 
@@ -302,6 +325,7 @@ class CaseReader:
             list(sampling.scales),
             sampling.recoloured,
             sampling.healthy_part,
+            sampling.pictures,
         ]
         decisive = [stems, self.seed, *read_by, adapters.options]
         digest = hashlib.sha256(json.dumps(decisive).encode())
