@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train the word head: which known things an image shows, and about where. No human mask is read.
 
-    python scripts/training/train_words.py --unlabelled DIR --training DIR --volumes DIR --work runs/words --encode 8192
-    python scripts/training/train_words.py --work runs/words --steps 2400 --noise 0.6 --offset 1.7 --out bundle/models/words
+    python scripts/training/train_words.py --unlabelled DIR --training DIR --volumes DIR --work runs/words --encode 10240
+    python scripts/training/train_words.py --work runs/words --steps 2400 --noise 0.6 --members 3 --offset 2.2 --out bundle/models/words
 
 Phantoms (``phantoms.py``, and slices of ``phantoms3d.py``) teach place and presence, for what was drawn is known; of real images only what
 their kind shows is said (``concepts.py``). The first command encodes them once, changed by chance in cut, colour, contrast and sharpness;
