@@ -663,6 +663,9 @@ def make_phantom(seed: int, size: int = 192, kind: str | None = None) -> Phantom
 
 
 def main() -> None:
+    from phantoms3d import HELD_OUT, KINDS, write_volumes
+    from phantoms3d import SCENES as VOLUME_SCENES
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=36, help="how many phantoms to draw (default 36)")
     parser.add_argument("--size", type=int, default=192, help="side in pixels (default 192)")
@@ -671,15 +674,11 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="of the volumes (default 0)")
     parser.add_argument("--held-out", action="store_true", help="volumes with the lesion kinds kept out of training")
     parser.add_argument("--lesions", choices=["half", "all", "none"], default="half", help="which volumes have one")
-    parser.add_argument(
-        "--scene", choices=["limb", "abdomen", "chest", "head"], help="what all volumes show (default: drawn)"
-    )
+    parser.add_argument("--scene", choices=list(VOLUME_SCENES), help="what all volumes show (default: drawn)")
     args = parser.parse_args()
     from pathlib import Path
 
     if args.volumes is not None:
-        from phantoms3d import HELD_OUT, KINDS, write_volumes
-
         lesion = {"half": None, "all": True, "none": False}[args.lesions]
         kinds = HELD_OUT if args.held_out else KINDS
         for case in write_volumes(

@@ -52,6 +52,7 @@ from zeroseg.attention.prepare import prepare
 from zeroseg.backbones import StableDiffusionBackbone
 from zeroseg.backbones.weights import write_sums
 from zeroseg.interaction.word_head import RESOLUTION, SIDE, WordHead, read_features
+from zeroseg.regions import largest_component
 
 SHARD, BATCH = 64, 8
 LEAF_KINDS = tuple(k for k in KINDS if k not in ("ct", "mr", "microscopy"))
@@ -65,6 +66,8 @@ NEW = 0.4
 """Share of the phantoms that are of kinds the backbone has not seen."""
 ZOOM = 0.4
 """Share of the phantoms that are seen from near."""
+FAT_BLACK = 0.4
+"""Share of the slices of CT whose window leaves fat black."""
 DOUBT = 0.15
 """Weight of a real image's not showing what no real image shows in training."""
 CLOSE_UPS, CLOSE_UP = "blood_bccd", shows(("blood smear", "white blood cell"), ("red blood cells",))
@@ -110,6 +113,11 @@ def of_phantom(seed: int, kind: str | None = None) -> Drawn:
     return Drawn(phantom.image, shows([kind] if kind else [], ("hair",)), masks)
 
 
+def perhaps_without_fat(low: float, high: float, rng: np.random.Generator) -> tuple[float, float]:
+    """A window of CT in HU, or, in a share ``FAT_BLACK``, one in which fat is black, as pictures of soft tissue often have it."""
+    return (rng.uniform(-60, 30), rng.uniform(150, 400)) if rng.random() < FAT_BLACK else (low, high)
+
+
 def of_volume(seed: int) -> Drawn:
     """A slice of a volume that is drawn whole across."""
     rng = np.random.default_rng([seed, 5])
@@ -123,10 +131,7 @@ def of_volume(seed: int) -> Drawn:
         level, width = (40, 400) if rng.random() < 0.5 else (rng.uniform(0, 80), rng.uniform(80, 600))
         if scene == "chest" and rng.random() < 0.4:
             level, width = -500, 1500
-        low, high = level - width / 2, level + width / 2
-        if rng.random() < 0.4:
-            # As many show soft tissue: fat is black.
-            low, high = rng.uniform(-60, 30), rng.uniform(150, 400)
+        low, high = perhaps_without_fat(level - width / 2, level + width / 2, rng)
     else:
         low, high = np.percentile(values, (1, rng.uniform(98.5, 99.9)))
     image = (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
@@ -182,9 +187,7 @@ def of_file_drawn(path: Path, what: Shows, rng: np.random.Generator) -> Drawn:
     if values.min() < -500:
         # CT in HU: as a window of soft tissue.
         level, width = rng.uniform(0, 80), rng.uniform(120, 600)
-        low, high = level - width / 2, level + width / 2
-        if rng.random() < 0.4:
-            low, high = rng.uniform(-60, 30), rng.uniform(150, 400)
+        low, high = perhaps_without_fat(level - width / 2, level + width / 2, rng)
     grey = np.clip((part - low) / max(high - low, 1e-6), 0, 1)
     step = zooms[::-1] / zooms.min()
     grey = cv2.resize(grey, None, fx=float(step[1]) if axis != 2 else 1.0, fy=float(step[0]) if axis != 2 else 1.0)
@@ -195,8 +198,8 @@ def stained(image: np.ndarray) -> np.ndarray:
     """(H, W) bool: the largest part of a smear that is stained as nuclei of white cells are, dark and purple; by colour alone."""
     r, g, b = np.moveaxis(image.astype(np.float32), 2, 0)
     purple = cv2.GaussianBlur((r + b) / 2 - g, (0, 0), image.shape[0] / 80)
-    parts, count = ndimage.label(purple > 0.6 * purple.max())
-    return parts == np.bincount(parts.ravel())[1:].argmax() + 1 if count else parts > 0
+    dark = purple > 0.6 * purple.max()
+    return largest_component(dark) if dark.any() else dark
 
 
 def near_one(masks: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[int, int, int, int] | None:

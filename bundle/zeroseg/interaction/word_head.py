@@ -100,8 +100,8 @@ class WordReader(nn.Module):
 
 
 class WordHead(nn.Module):
-    """Concepts in an image and in its cells, by one network or by the mean of several that were trained alone: what one of them takes for a
-    sign in images of a kind it has never seen, the others mostly do not.
+    """Concepts in an image and in its cells, by one network or by the mean of several that were trained alone. On kinds of image that were
+    never seen they differ; the mean spares choosing among them (docs/experiments.md).
 
     Args:
         concepts: names, in the order of the outputs.

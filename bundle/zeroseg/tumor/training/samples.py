@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -317,17 +317,9 @@ class CaseReader:
     def _key(self, jobs: Sequence[tuple[TrainingCase, int, int]], adapters: AovaAdapters) -> str:
         """Of all that decides what ``samples`` reads."""
         stems = [f"{case.image.parent.parent.name}/{case.stem}/{n}" for case, _, n in jobs]
-        sampling = self.sampling
-        read_by = [
-            sampling.voxels,
-            sampling.crop,
-            sampling.grown,
-            list(sampling.scales),
-            sampling.recoloured,
-            sampling.healthy_part,
-            sampling.pictures,
-        ]
-        decisive = [stems, self.seed, *read_by, adapters.options]
+        # How many variants a case has, its stems say; who reads them is all one.
+        read_by = {name: v for name, v in asdict(self.sampling).items() if name not in ("variants", "readers")}
+        decisive = [stems, self.seed, read_by, adapters.options]
         digest = hashlib.sha256(json.dumps(decisive).encode())
         digest.update(self.backbone.fingerprint.encode())
         for stage in adapters.stages:
