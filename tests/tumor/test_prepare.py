@@ -76,10 +76,17 @@ def test_masks_come_to_the_working_grid(smooth, permutation):
     mask = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal(smooth.shape), 4) > 0.02
     working = prepared.from_input(mask)
     assert working.dtype == torch.bool and working.shape == prepared.volume.shape[2:]
-    assert not (working & ~prepared.inside).any()
     back = prepared.to_input(working)
     assert 2 * np.count_nonzero(back & mask) / (np.count_nonzero(back) + np.count_nonzero(mask)) > 0.9
-    assert torch.equal(prepared.from_input(np.ones(smooth.shape)), prepared.inside)
+    assert prepared.from_input(np.ones(smooth.shape)).all()
+
+
+def test_the_mask_of_a_slice_is_as_deep_as_the_slice_is_shown():
+    image = np.zeros((40, 40, 1), np.float32)
+    image[10:30, 10:30] = 1
+    prepared = prepare(image[None], np.diag([3.0, 3, 3, 1]), "mr", multiple=16)
+    assert prepared.volume.shape[2:] == (48, 48, 16)
+    assert torch.equal(prepared.from_input(image), prepared.volume[0, 0] > 0.5)
 
 
 def test_ct_goes_through_the_models_window():

@@ -38,7 +38,7 @@ from zeroseg.tumor.training import (
     volume_terms,
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
-from zeroseg.tumor.training.samples import as_picture, augmented, beside
+from zeroseg.tumor.training.samples import CaseReader, as_picture, augmented, beside
 from zeroseg.tumor.training.trainer import IDENTITY, Steps
 
 CONFIG = MODELS.parent / "configs" / "train_tumor.yaml"
@@ -59,7 +59,7 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None):
+def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None, unet=None):
     real = [{"folder": material / "mr", "organ": "limb", "modality": "mr"}]
     return AdapterTrainer(
         MaisiBackbone(model, device="cpu"),
@@ -69,7 +69,7 @@ def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initi
         work=out / "work",
         schedule=Schedule(steps=steps, volume_steps=volume_steps, volumes=2, batch=1, save_every=2),
         sampling=Sampling(voxels=64, variants=2, crop=16),
-        adapters={"hidden": 2, "context": [[], [3], [3]]},
+        adapters={"hidden": 2, "context": [[], [3], [3]], **({"added": True, "deeper": unet} if unet else {})},
         initial=initial,
         fusion_volumes=0,
     )
@@ -281,6 +281,33 @@ def test_a_unet_trains_on_whole_volumes_with_grown_lesions(model, material, tmp_
     assert any(k.startswith("surroundings.") for k in moved)
 
 
+@pytest.mark.parametrize("pictures", [0.0, 1.0], ids=["volumes", "pictures"])
+def test_a_step_sees_volumes_of_one_shape(model, material, tmp_path, pictures):
+    slab = nib.Nifti1Image(np.random.default_rng(0).random((70, 90, 1), np.float32), np.diag([2.0, 2, 2, 1]))
+    for part in ("images", "masks"):
+        (tmp_path / "slices" / part).mkdir(parents=True)
+        nib.save(slab, tmp_path / "slices" / part / "a.nii.gz")
+    cases = [read_cases(material / "phantoms")[0], *read_cases(tmp_path / "slices", "brain", "mr")]
+    reader = CaseReader(MaisiBackbone(model, device="cpu").load(), Sampling(crop=16, pictures=pictures))
+    thin = reader.backbone.size_multiple
+    for seed in range(6):
+        read = reader.read_together(cases[:: 1 if seed % 2 else -1], np.random.default_rng(seed))
+        shapes = {tuple(example.target.shape) for example in read}
+        assert len(shapes) == 1 and sorted(*shapes) == [thin, 16, 16] and (not pictures or shapes == {(16, 16, thin)})
+        assert all(example.features[0].shape[2:] == example.target.shape for example in read)
+        # A slice is as deep as it is shown, and so is what is marked on it.
+        flat = next(example for example in read if example.case.organ == "brain").target
+        axis = flat.shape.index(thin)
+        assert (flat == flat.narrow(axis, 0, 1)).all()
+
+
+def test_a_unet_is_added_to_given_adapters(model, material, tmp_path):
+    run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=1, unet=[8])
+    assert run.adapters.options == {**load_adapters(model).options, "deeper": [8], "added": True}
+    run.run()
+    assert load_adapters(tmp_path).options["added"]
+
+
 def test_training_starts_from_given_adapters(model, material, tmp_path):
     run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=0)
     run.run()
@@ -421,7 +448,7 @@ def test_a_crop_holds_some_of_the_lesion():
     target = torch.zeros(40, 40, 40, dtype=torch.bool)
     target[36:39, 1:3, 20:24] = True
     for seed in range(10):
-        piece, part = cropped(volume, target, np.random.default_rng(seed), 16)
+        piece, part = cropped(volume, target, np.random.default_rng(seed), [16, 16, 16])
         assert piece.shape == (1, 1, 16, 16, 16) and part.shape == (16, 16, 16) and part.any()
         assert set(piece[0, 0][part].tolist()) <= set(volume[0, 0][target].tolist())
 

@@ -215,11 +215,16 @@ class Prepared:
             mask: (X, Y, Z), non-zero inside.
 
         Returns:
-            (X', Y', Z') bool: at least half of the voxel lies in the mask; False in the padding.
+            (X', Y', Z') bool: at least half of the voxel lies in the mask; in the padding as at its edge, which is what the volume
+            shows there.
         """
-        working = torch.zeros(self.volume.shape[2:], dtype=torch.bool)
-        working[self.content] = self.shrunk((mask > 0).astype(np.float32)) >= 0.5
-        return working
+        around = [
+            v
+            for part, side in zip(reversed(self.content), reversed(self.volume.shape[2:]), strict=True)
+            for v in (part.start, side - part.stop)
+        ]
+        share = self.shrunk((mask > 0).astype(np.float32))
+        return F.pad(share[None, None], around, mode="replicate")[0, 0] >= 0.5
 
     def shrunk(self, values: np.ndarray) -> Tensor:
         """(X, Y, Z) float32 on the input's grid -> the working grid without its padding, in RAS order."""

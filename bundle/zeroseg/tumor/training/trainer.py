@@ -83,7 +83,8 @@ class AdapterTrainer:
         schedule: how long, on how much and how fast.
         sampling: how cases become samples.
         adapters: options of ``AovaAdapters``.
-        initial: folder of trained adapters to start from instead of random ones.
+        initial: folder of trained adapters to start from instead of random ones; of ``adapters`` only ``added`` then counts, which
+            gives those that have none a U-Net.
         fusion_volumes: phantoms, and as many real volumes at most, per modality that the residuals' fusion is fitted on;
             0: not fitted.
         presence_of: modality -> "image" or "mask", by what it is judged whether there is a tumour at all; else by the image.
@@ -122,10 +123,13 @@ class AdapterTrainer:
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
+        sha256 = self.adapters.sha256
+        if options.get("added"):
+            self.adapters = self.adapters.with_unet(options["deeper"])
         self.reader = CaseReader(backbone, sampling, seed, self.adapters.whole_mm)
         # What comes out takes its place where it is ``out`` itself.
         own = initial is not None and Path(initial).resolve() == self.out.resolve()
-        self._initial = "out" if own else self.adapters.sha256
+        self._initial = "out" if own else sha256
         # Those of ``initial`` do not fit what comes out; others are set by hand, once the adapters are known.
         self.adapters.fusion = self.adapters.presence = self.adapters.head = self.adapters.beside = None
         self.adapters.presence_of = dict(presence_of or {})
@@ -302,23 +306,18 @@ class AdapterTrainer:
         return voxel_terms(self.adapters, self.questions, samples, rows, rng)
 
     def read_step(self, pools: list[list], rng: np.random.Generator) -> list[Example]:
-        """What a step of the second phase looks at: ``batch`` volumes, read anew and augmented."""
-        return [self.reader.read(self._draw(pools, rng), rng) for _ in range(self.schedule.batch)]
+        """What a step of the second phase looks at: ``batch`` volumes of one shape, read anew and augmented."""
+        return self.reader.read_together([self._draw(pools, rng) for _ in range(self.schedule.batch)], rng)
 
     def _terms(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, Tensor]:
-        """The mean terms of the questions about each volume, which is adapted once, beside those of its shape."""
-        device = self.backbone.device
+        """The mean terms of the questions about volumes of one shape, each of which is adapted once."""
+        features = [[f.to(self.backbone.device, torch.float32) for f in example.features] for example in examples]
         total: dict[str, Tensor] = {}
-        shapes: dict[tuple[int, ...], list[Example]] = {}
-        for example in examples:
-            shapes.setdefault(tuple(example.target.shape), []).append(example)
-        for alike in shapes.values():
-            features = [[f.to(device, torch.float32) for f in example.features] for example in alike]
-            for example, adapted in zip(alike, self.adapters.adapt_many(features), strict=True):
-                for _ in range(self.schedule.questions):
-                    for name, term in self._answer(example, adapted, rng).items():
-                        share = term / (self.schedule.questions * len(examples))
-                        total[name] = total.get(name, term.new_zeros(())) + share
+        for example, adapted in zip(examples, self.adapters.adapt_many(features), strict=True):
+            for _ in range(self.schedule.questions):
+                for name, term in self._answer(example, adapted, rng).items():
+                    share = term / (self.schedule.questions * len(examples))
+                    total[name] = total.get(name, term.new_zeros(())) + share
         return total
 
     def _answer(self, example: Example, adapted: Sequence[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
