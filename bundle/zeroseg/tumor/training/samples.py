@@ -252,9 +252,9 @@ class CaseReader:
         ``AovaAdapters.adapt_many``. They are pictures all or none."""
         shown = [self._show(case, rng) for case in cases]
         pictures = rng.random() < self.sampling.pictures
-        first = shown[0].target.shape
         # Thin ones are laid upon each other, or next to nothing would be left; a picture shows them from their broad side.
-        shown = [one.turned_as(sorted(first, reverse=True) if pictures else first) for one in shown]
+        like = (3, 2, 1) if pictures else shown[0].target.shape
+        shown = [one.turned_as(like) for one in shown]
         sides = [min(each) for each in zip(*(one.target.shape for one in shown), strict=True)]
         shown = [one.cropped(rng, sides) for one in shown]
         if pictures:
