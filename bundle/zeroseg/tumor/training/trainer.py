@@ -33,6 +33,8 @@ from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
 IDENTITY = "training_of.json"
 """File of ``work`` that says what the training is of."""
+GIVEN_RATE = 0.05
+"""Of the learning rate, for adapters that a U-Net is added to: it is to learn what they miss, not they anew."""
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
 
@@ -253,7 +255,7 @@ class AdapterTrainer:
         state: dict[str, int],
         terms_of: Callable[[np.random.Generator], dict[str, Tensor]],
     ) -> None:
-        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+        optimizer = torch.optim.AdamW(self._rates(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
         if state[name]:
             optimizer.load_state_dict(self._optimizer_state)
         mean: dict[str, float] = {}
@@ -268,7 +270,7 @@ class AdapterTrainer:
             # A generator per step, so that a resumed run draws what a whole one would.
             rng = np.random.default_rng([self.seed, len(name), step])
             for group in optimizer.param_groups:
-                group["lr"] = lr * self.schedule.rate(step, max(step / steps, elapsed / limit))
+                group["lr"] = lr * group.get("share", 1.0) * self.schedule.rate(step, max(step / steps, elapsed / limit))
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=narrow):
                 terms = terms_of(rng)
@@ -284,6 +286,15 @@ class AdapterTrainer:
                 self.log.append([name, step + 1, {key: round(value, 4) for key, value in mean.items()}])
             if (step + 1) % self.schedule.save_every == 0 or step + 1 == steps:
                 self._save_checkpoint(optimizer, state)
+
+    def _rates(self) -> list[dict[str, Any]]:
+        """The parameters in groups, with the ``share`` of the learning rate that each learns at."""
+        given, new = [], []
+        for name, parameter in self.adapters.named_parameters():
+            added = name.startswith("surroundings.") or not self.adapters.added
+            (new if added else given).append(parameter)
+        groups = [{"params": new, "share": 1.0}, {"params": given, "share": GIVEN_RATE}]
+        return [group for group in groups if group["params"]]
 
     def _save_checkpoint(self, optimizer: torch.optim.Optimizer, state: dict[str, int]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
