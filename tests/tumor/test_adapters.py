@@ -189,30 +189,9 @@ def test_a_unet_may_be_the_adapter_of_all_stages(features, prompts):
     assert torch.equal(again(features, prompts).margin, output.margin)
 
 
-def test_a_unet_that_is_added_begins_silent_and_learns(features, prompts):
-    plain = adapters(alpha=0.5).eval()
-    both = plain.with_unet((10, 12))
-    before = plain(features, prompts)
-    torch.testing.assert_close(both(features, prompts).margin, before.margin, rtol=0, atol=0)
-    assert both.options == {**plain.options, "deeper": [10, 12], "added": True}
-    assert both.with_unet((4,)) is both
-    assert AovaAdapters(**both.options).state_dict().keys() == both.state_dict().keys()
-    optimizer = torch.optim.SGD(both.surroundings.parameters(), lr=1.0)
-    for _ in range(2):  # the gates first, what lies behind them then
-        optimizer.zero_grad()
-        both(features, prompts).margin.square().mean().backward()
-        optimizer.step()
-    assert all(p.grad.abs().sum() > 0 for p in both.surroundings.bottom.parameters())
-    assert not torch.allclose(both(features, prompts).margin, before.margin)
-    with pytest.raises(ValueError, match="needs the levels"):
-        adapters(added=True)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"deeper": (10, 12)}, {"deeper": (10, 12), "added": True}], ids=["layers", "unet", "both"]
-)
-def test_volumes_of_one_shape_are_adapted_at_once(features, options):
-    net = adapters(alpha=0.5, **options).eval()
+@pytest.mark.parametrize("deeper", [(), (10, 12)], ids=["layers", "unet"])
+def test_volumes_of_one_shape_are_adapted_at_once(features, deeper):
+    net = adapters(alpha=0.5, deeper=deeper).eval()
     other = [f.flip(2) for f in features]
     together = net.adapt_many([features, other])
     for found, alone in zip(together, (net.adapt(features), net.adapt(other)), strict=True):

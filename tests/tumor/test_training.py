@@ -59,7 +59,7 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None, unet=None):
+def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initial=None):
     real = [{"folder": material / "mr", "organ": "limb", "modality": "mr"}]
     return AdapterTrainer(
         MaisiBackbone(model, device="cpu"),
@@ -69,7 +69,7 @@ def trainer(model, material, out, leave_out=None, steps=3, volume_steps=2, initi
         work=out / "work",
         schedule=Schedule(steps=steps, volume_steps=volume_steps, volumes=2, batch=1, save_every=2),
         sampling=Sampling(voxels=64, variants=2, crop=16),
-        adapters={"hidden": 2, "context": [[], [3], [3]], **({"added": True, "deeper": unet} if unet else {})},
+        adapters={"hidden": 2, "context": [[], [3], [3]]},
         initial=initial,
         fusion_volumes=0,
     )
@@ -299,13 +299,6 @@ def test_a_step_sees_volumes_of_one_shape(model, material, tmp_path, pictures):
         flat = next(example for example in read if example.case.organ == "brain").target
         axis = flat.shape.index(thin)
         assert (flat == flat.narrow(axis, 0, 1)).all()
-
-
-def test_a_unet_is_added_to_given_adapters(model, material, tmp_path):
-    run = trainer(model, material, tmp_path, initial=model, steps=0, volume_steps=1, unet=[8])
-    assert run.adapters.options == {**load_adapters(model).options, "deeper": [8], "added": True}
-    run.run()
-    assert load_adapters(tmp_path).options["added"]
 
 
 def test_training_starts_from_given_adapters(model, material, tmp_path):

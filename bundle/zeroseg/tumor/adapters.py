@@ -208,10 +208,9 @@ class Surroundings(nn.Module):
         deeper: channels of the levels below the coarsest stage, each half as fine.
         whole: it is always shown a whole scan. Features are then brought to the scan's own mean and deviation, so that what stands out
             is told from what is usual there, whatever the modality.
-        silent: untrained it gives zeros, so that what it is added to begins as it was.
     """
 
-    def __init__(self, channels: Sequence[int], deeper: Sequence[int], whole: bool = False, silent: bool = False):
+    def __init__(self, channels: Sequence[int], deeper: Sequence[int], whole: bool = False):
         super().__init__()
         widths = [*channels, *deeper]
         norm = ScanNorm if whole else Norm
@@ -224,10 +223,6 @@ class Surroundings(nn.Module):
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(widths))
         # At full size, where a convolution costs as much as all else together, the sum is enough.
         self.merge = nn.ModuleList([nn.Identity(), *(Block(a, norm) for a in widths[1:-1])])
-        self.leave = nn.ModuleList(nn.Conv3d(c, c, 1) if silent else nn.Identity() for c in channels)
-        for gate in self.leave if silent else ():
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Per stage (1, C_l, X_l, Y_l, Z_l) standardised features -> the same shapes. Sides that do not halve evenly are
@@ -242,7 +237,7 @@ class Surroundings(nn.Module):
             x = F.interpolate(self.up[level](x), levels[level].shape[2:], mode="trilinear", align_corners=False)
             x = self.merge[level](x + levels[level])
             out.append(x)
-        return [leave(x) for leave, x in zip(self.leave, out[::-1], strict=False)]
+        return out[::-1][: len(features)]
 
 
 class AovaAdapters(nn.Module):
@@ -268,8 +263,6 @@ class AovaAdapters(nn.Module):
             coarser stages see further anyway.
         deeper: channels of the levels that a ``Surroundings`` adds below the coarsest stage: T of all stages is then that U-Net, and
             ``hidden`` and ``context`` are of no use. (): T is the paper's, two linear layers a stage.
-        added: T is the linear layers' answer and the U-Net's, added up. The U-Net is silent at first, so that it can be given to
-            adapters that were trained without one.
         whole_mm: side of the voxels on which a scan is read as a whole, by a U-Net (``deeper``) that takes it so; None: scans are read
             on the model's own grid, window by window.
         top_ml: millilitres that decide about the image: about the smallest lesion worth showing. A share of the volume would
@@ -286,11 +279,8 @@ class AovaAdapters(nn.Module):
         top_ml: float = 20 * VOXEL_ML,
         deeper: Sequence[int] = (),
         whole_mm: float | None = None,
-        added: bool = False,
     ):
         super().__init__()
-        if added and not deeper:
-            raise ValueError("added needs the levels of deeper")
         if whole_mm is not None and (whole_mm <= 0 or not deeper):
             raise ValueError("whole_mm must be positive and needs the levels of deeper")
         if not 0 <= alpha <= 1:
@@ -306,9 +296,8 @@ class AovaAdapters(nn.Module):
             "top_ml": top_ml,
             "deeper": list(deeper),
             "whole_mm": whole_mm,
-            "added": added,
         }
-        self.top_ml, self.whole_mm, self.added = top_ml, whole_mm, added
+        self.top_ml, self.whole_mm = top_ml, whole_mm
         # All per modality, see ``aova.load_adapters``.
         self.fusion: dict[str, dict[str, dict[str, float]]] | None = None
         self.presence: dict[str, float] | None = None
@@ -317,8 +306,8 @@ class AovaAdapters(nn.Module):
         self.head: dict[str, float] | None = None
         self.sha256: str | None = None  # of the file they were loaded from
         self.alpha = alpha
-        self.surroundings = Surroundings(channels, deeper, whole_mm is not None, added) if deeper else None
-        own = 0.0 if deeper and not added else alpha
+        self.surroundings = Surroundings(channels, deeper, whole_mm is not None) if deeper else None
+        own = 0.0 if deeper else alpha
         self.stages = nn.ModuleList(
             StageAdapter(c, text_dim, own, hidden * c, around) for c, around in zip(channels, context, strict=True)
         )
@@ -328,14 +317,6 @@ class AovaAdapters(nn.Module):
         self.image_head = nn.Sequential(nn.Linear(text_dim, text_dim), nn.GELU(), nn.Linear(text_dim, 1))
         nn.init.zeros_(self.image_head[-1].weight)
         nn.init.zeros_(self.image_head[-1].bias)
-
-    def with_unet(self, deeper: Sequence[int]) -> AovaAdapters:
-        """These adapters with a U-Net added that is still silent: they answer as before. They themselves where they have one."""
-        if self.surroundings is not None:
-            return self
-        other = AovaAdapters(**{**self.options, "deeper": deeper, "added": True})
-        other.load_state_dict({**other.state_dict(), **self.state_dict()})
-        return other
 
     def calibrate(self, features: Sequence[Tensor]) -> None:
         """Measure the features' fixed statistics, before training, on one or several volumes' stage features.
@@ -375,17 +356,12 @@ class AovaAdapters(nn.Module):
     def adapt_many(self, volumes: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
         """``adapt`` of volumes of one shape. A U-Net takes them in one pass, which costs a CPU a third of one pass for each: oneDNN leaves
         small convolutions of a single volume to a slower kernel."""
-        alone = self.surroundings is None or self.added
-        own = [[stage(v) for stage, v in zip(self.stages, features, strict=True)] for features in volumes] if alone else []
         if self.surroundings is None:
-            return [tuple(levels) for levels in own]
+            return [tuple(stage(v) for stage, v in zip(self.stages, features, strict=True)) for features in volumes]
         stacked = [torch.cat(level) for level in zip(*volumes, strict=True)]
         plain = [stage.standardise(values) for stage, values in zip(self.stages, stacked, strict=True)]
-        seen = [self.alpha * t.movedim(1, -1) for t in self.surroundings(plain)]
-        if self.added:
-            return [tuple(o + t[i] for o, t in zip(levels, seen, strict=True)) for i, levels in enumerate(own)]
-        mixed = [t + (1 - self.alpha) * f.movedim(1, -1) for t, f in zip(seen, plain, strict=True)]
-        return [tuple(levels) for levels in zip(*mixed, strict=True)]
+        mixed = [self.alpha * t + (1 - self.alpha) * f for t, f in zip(self.surroundings(plain), plain, strict=True)]
+        return [tuple(f.movedim(0, -1) for f in levels) for levels in zip(*mixed, strict=True)]
 
     def attend(
         self, adapted: Sequence[Tensor], prompts: Tensor, roles: Sequence[str] = ROLES, voxel_ml: float = VOXEL_ML

@@ -117,9 +117,7 @@ def _through(curve: np.ndarray, volume: Tensor, most: float) -> Tensor:
     return torch.from_numpy(np.interp(volume.numpy() / most, places, curve).astype(np.float32))
 
 
-def cropped(
-    volume: Tensor, target: Tensor, rng: np.random.Generator, longest: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def cropped(volume: Tensor, target: Tensor, rng: np.random.Generator, longest: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A random part of a (1, 1, X, Y, Z) volume and its target with sides of at most ``longest`` voxels.
 
     Where there is a lesion, the part holds the middle of a random piece of it: training costs less, and fields of view vary.

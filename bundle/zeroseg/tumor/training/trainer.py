@@ -33,8 +33,6 @@ from zeroseg.tumor.training.terms import volume_terms, voxel_terms
 
 IDENTITY = "training_of.json"
 """File of ``work`` that says what the training is of."""
-GIVEN_RATE = 0.05
-"""Of the learning rate, for adapters that a U-Net is added to: it is to learn what they miss, not they anew."""
 WEIGHTS = {"dice": 1.0, "voxel": 1.0, "image": 0.3, "align": 0.05}
 """Of the terms, unless the schedule says otherwise."""
 
@@ -85,8 +83,7 @@ class AdapterTrainer:
         schedule: how long, on how much and how fast.
         sampling: how cases become samples.
         adapters: options of ``AovaAdapters``.
-        initial: folder of trained adapters to start from instead of random ones; of ``adapters`` only ``added`` then counts, which
-            gives those that have none a U-Net.
+        initial: folder of trained adapters to start from instead of random ones.
         fusion_volumes: phantoms, and as many real volumes at most, per modality that the residuals' fusion is fitted on;
             0: not fitted.
         presence_of: modality -> "image" or "mask", by what it is judged whether there is a tumour at all; else by the image.
@@ -125,13 +122,10 @@ class AdapterTrainer:
         torch.manual_seed(seed)
         options = {"channels": backbone.feature_channels, "text_dim": text_encoder.dim, **(adapters or {})}
         self.adapters = AovaAdapters(**options) if initial is None else load_adapters(initial, text_encoder.dim)
-        sha256 = self.adapters.sha256
-        if options.get("added"):
-            self.adapters = self.adapters.with_unet(options["deeper"])
         self.reader = CaseReader(backbone, sampling, seed, self.adapters.whole_mm)
         # What comes out takes its place where it is ``out`` itself.
         own = initial is not None and Path(initial).resolve() == self.out.resolve()
-        self._initial = "out" if own else sha256
+        self._initial = "out" if own else self.adapters.sha256
         # Those of ``initial`` do not fit what comes out; others are set by hand, once the adapters are known.
         self.adapters.fusion = self.adapters.presence = self.adapters.head = self.adapters.beside = None
         self.adapters.presence_of = dict(presence_of or {})
@@ -255,7 +249,7 @@ class AdapterTrainer:
         state: dict[str, int],
         terms_of: Callable[[np.random.Generator], dict[str, Tensor]],
     ) -> None:
-        optimizer = torch.optim.AdamW(self._rates(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+        optimizer = torch.optim.AdamW(self.adapters.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
         if state[name]:
             optimizer.load_state_dict(self._optimizer_state)
         mean: dict[str, float] = {}
@@ -270,7 +264,7 @@ class AdapterTrainer:
             # A generator per step, so that a resumed run draws what a whole one would.
             rng = np.random.default_rng([self.seed, len(name), step])
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("share", 1.0) * self.schedule.rate(step, max(step / steps, elapsed / limit))
+                group["lr"] = lr * self.schedule.rate(step, max(step / steps, elapsed / limit))
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=narrow):
                 terms = terms_of(rng)
@@ -286,15 +280,6 @@ class AdapterTrainer:
                 self.log.append([name, step + 1, {key: round(value, 4) for key, value in mean.items()}])
             if (step + 1) % self.schedule.save_every == 0 or step + 1 == steps:
                 self._save_checkpoint(optimizer, state)
-
-    def _rates(self) -> list[dict[str, Any]]:
-        """The parameters in groups, with the ``share`` of the learning rate that each learns at."""
-        given, new = [], []
-        for name, parameter in self.adapters.named_parameters():
-            added = name.startswith("surroundings.") or not self.adapters.added
-            (new if added else given).append(parameter)
-        groups = [{"params": new, "share": 1.0}, {"params": given, "share": GIVEN_RATE}]
-        return [group for group in groups if group["params"]]
 
     def _save_checkpoint(self, optimizer: torch.optim.Optimizer, state: dict[str, int]) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
