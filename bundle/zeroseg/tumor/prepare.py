@@ -218,13 +218,8 @@ class Prepared:
             (X', Y', Z') bool: at least half of the voxel lies in the mask; in the padding as at its edge, which is what the volume
             shows there.
         """
-        around = [
-            v
-            for part, side in zip(reversed(self.content), reversed(self.volume.shape[2:]), strict=True)
-            for v in (part.start, side - part.stop)
-        ]
         share = self.shrunk((mask > 0).astype(np.float32))
-        return F.pad(share[None, None], around, mode="replicate")[0, 0] >= 0.5
+        return _padded(share, self.content, self.volume.shape[2:])[0, 0] >= 0.5
 
     def shrunk(self, values: np.ndarray) -> Tensor:
         """(X, Y, Z) float32 on the input's grid -> the working grid without its padding, in RAS order."""
@@ -305,8 +300,7 @@ def prepare(
     unit = _shrink(unit, size).clamp(0, intensity.most)
     pads = [(-n) % multiple for n in size]
     content = tuple(slice(p // 2, p // 2 + n) for p, n in zip(pads, size, strict=True))
-    around = [v for p in reversed(pads) for v in (p // 2, p - p // 2)]
-    padded = F.pad(unit[None, None], around, mode="replicate")
+    padded = _padded(unit, content, [n + p for n, p in zip(size, pads, strict=True)])
     working = tuple(float(s * r) for s, r in zip(sizes, reduction, strict=True))
     return Prepared(padded, content, working, shape, orientation, intensity, modality, notes, to_hu)
 
@@ -345,6 +339,12 @@ def _shrink(values: np.ndarray, size: Sequence[int]) -> Tensor:
     if any(sigma):
         values = ndimage.gaussian_filter(values, sigma, mode="nearest")
     return _resize(torch.from_numpy(forwards(values)), size, "trilinear")
+
+
+def _padded(values: Tensor, content: Sequence[slice], sides: Sequence[int]) -> Tensor:
+    """(X, Y, Z) -> (1, 1, *sides), where ``content`` holds the values and their edge is repeated around it."""
+    around = [(part.start, side - part.stop) for part, side in zip(content, sides, strict=True)]
+    return F.pad(values[None, None], [v for pair in reversed(around) for v in pair], mode="replicate")
 
 
 def _resize(values: Tensor, size: Sequence[int], mode: str) -> Tensor:

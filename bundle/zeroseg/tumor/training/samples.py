@@ -243,21 +243,20 @@ class CaseReader:
         shown = self._show(case, rng)
         if rng is not None and rng.random() < self.sampling.pictures:
             shown = self._picture(shown, rng)
-        return self._encoded([shown])[0]
+        return self._encoded(shown)
 
     def read_together(self, cases: Sequence[TrainingCase], rng: np.random.Generator) -> list[Example]:
         """Several cases, augmented and cropped to one shape: a CPU trains on volumes of one shape in a third of the time, see
         ``AovaAdapters.adapt_many``. They are pictures all or none."""
         shown = [self._show(case, rng) for case in cases]
         pictures = rng.random() < self.sampling.pictures
-        # Thin ones are laid upon each other, or next to nothing would be left; a picture shows them from their broad side.
-        like = (3, 2, 1) if pictures else shown[0].target.shape
-        shown = [one.turned_as(like) for one in shown]
+        # Thin ones are laid upon each other, or next to nothing would be left.
+        shown = [one.turned_as(shown[0].target.shape) for one in shown]
         sides = [min(each) for each in zip(*(one.target.shape for one in shown), strict=True)]
         shown = [one.cropped(rng, sides) for one in shown]
         if pictures:
             shown = [self._picture(one, rng) for one in shown]
-        return self._encoded(shown)
+        return [self._encoded(one) for one in shown]
 
     def _show(self, case: TrainingCase, rng: np.random.Generator | None) -> _Shown:
         """A case on the working grid; with a generator, augmented."""
@@ -291,16 +290,14 @@ class CaseReader:
         return replace(shown, volume=volume, target=target)
 
     def _picture(self, shown: _Shown, rng: np.random.Generator) -> _Shown:
-        modality, multiple = shown.case.modality, self.backbone.size_multiple
-        volume, target = as_picture(shown.volume, shown.target, rng, modality, multiple)
-        return replace(shown, volume=volume, target=target)
+        """One slice of it, seen from its broad side: of a slice, that slice."""
+        flat = shown.turned_as((3, 2, 1))
+        volume, target = as_picture(flat.volume, flat.target, rng, flat.case.modality, self.backbone.size_multiple)
+        return replace(flat, volume=volume, target=target)
 
-    def _encoded(self, shown: Sequence[_Shown]) -> list[Example]:
-        """Volumes of one shape through the frozen encoder, one after the other."""
-        return [
-            Example(tuple(f.cpu() for f in self.backbone.read(one.volume).features), one.target, one.case, one.voxel_ml)
-            for one in shown
-        ]
+    def _encoded(self, shown: _Shown) -> Example:
+        features = self.backbone.read(shown.volume).features
+        return Example(tuple(f.cpu() for f in features), shown.target, shown.case, shown.voxel_ml)
 
     def _load(self, case: TrainingCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         found = self._loaded.get(case.image)
