@@ -165,6 +165,16 @@ def test_doubts_about_ct():
     )
 
 
+def test_lung_without_air_around_it_in_quarters_of_hu():
+    rng = np.random.default_rng(0)
+    lung = np.where(rng.random((20, 20, 20)) < 0.4, 40, -850) + rng.normal(0, 15, (20, 20, 20))
+    quarter = prepare(np.round(lung / 4)[None], np.eye(4) * 3, "ct")
+    assert quarter.to_hu == (4.0, 0.0) and quarter.volume.min() < 0.12
+    # What a window cut off lies on its floor, and a belly has nothing as dark.
+    for values in (np.clip(lung, -200, 250), np.where(lung < 0, -100, 40) + rng.normal(0, 25, lung.shape)):
+        assert prepare(values[None], np.eye(4) * 3, "ct").to_hu == (1.0, 0.0)
+
+
 def test_ct_given_as_mr_and_no_modality_at_all():
     assert "is it CT?" in " ".join(prepare(hounsfield()[None], np.eye(4) * 3, "mr").notes)
     guessed = prepare(hounsfield()[None], np.eye(4) * 3)

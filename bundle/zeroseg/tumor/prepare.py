@@ -29,6 +29,8 @@ HU_RANGE = (-1024.0, 3071.0)
 """What 12-bit CT can hold; more is metal, or another unit."""
 QUARTER_HU, QUARTER_HU_FLOOR = 4.0, -250.0
 """CT may be stored as HU / 4, to keep it in few bits; its air is then the second number."""
+QUARTER_HU_LUNG = -150.0
+"""In HU no tissue is so dark and yet above air; in HU / 4 lungs are."""
 WORKING_VOXELS = 2**26
 """Working volumes beyond 406^3 voxels are worked on at a coarser spacing."""
 MIN_SIDE = 16
@@ -115,9 +117,9 @@ def check_scan(values: np.ndarray, modality: str) -> tuple[float, Intensity | No
         notes.append("the volume is constant: there is nothing to find")
         return 1.0, None, notes
     if modality == "ct":
-        if low == QUARTER_HU_FLOOR and high < HU_RANGE[1] / 4:
+        if _in_quarter_hu(values, low, high):
             notes.append(
-                "CT whose lowest value is exactly -250 is taken as HU / 4 and multiplied by 4; rescale says otherwise"
+                f"CT whose lowest value is {low:.4g} is taken as HU / 4 and multiplied by 4; rescale says otherwise"
             )
             return QUARTER_HU, None, notes
         if low >= 0 and high <= 255:
@@ -149,6 +151,17 @@ def check_scan(values: np.ndarray, modality: str) -> tuple[float, Intensity | No
             "the result cannot be trusted"
         )
     return 1.0, None, notes
+
+
+def _in_quarter_hu(values: np.ndarray, low: float, high: float) -> bool:
+    """Whether CT is stored as HU / 4: its lowest value is air's to the digit, or it shows lung and no air around the body, and its
+    darkest twentieth lies where in HU there is nothing but the floor of a window."""
+    if high >= HU_RANGE[1] / 4:
+        return False
+    if low == QUARTER_HU_FLOOR:
+        return True
+    above_air = HU_RANGE[0] / 4 <= low < QUARTER_HU_LUNG
+    return above_air and np.percentile(values, 5) < QUARTER_HU_LUNG and float(np.mean(values == low)) < 0.01
 
 
 @dataclass
