@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import logging
 from dataclasses import replace
 
@@ -106,6 +107,22 @@ def test_a_mask_that_is_not_sure_enough_is_absent_where_the_adapters_judge_by_it
     nothing = make(**{**options, "min_volume_ml": 1e6}).segment(volume, affine=AFFINE, modality="ct")
     assert nothing.details["presence_log_odds"] is None and "no part is large" in nothing.reason
     json.dumps(nothing.details, allow_nan=False)
+
+
+def test_adapters_may_cut_at_a_share_of_the_surest_voxels(make, volume, tiny_tumor_model):
+    adapters = load_adapters(tiny_tumor_model)
+    inferer = make(adapters=adapters, stages=("aova",), presence=0.0, min_volume_ml=0)
+    encoded = inferer.encode(volume, np.diag([3.0, 3, 3, 1]), "ct")
+    plain = inferer.predict(encoded)
+    adapters.cut = {"ct": 0.5}
+    found = inferer.predict(encoded)
+    odds = np.log(plain.evidence["aova"] / (1 - plain.evidence["aova"]))
+    highest = np.sort(odds, axis=None)[-math.ceil(adapters.top_ml / 0.027) :].mean()
+    assert found.details["cut_log_odds"] == pytest.approx(highest / 2, abs=1e-3) and highest > 0
+    assert 0 < np.count_nonzero(found.labels) < np.count_nonzero(plain.labels)
+    np.testing.assert_array_equal(found.labels > 0, odds > found.details["cut_log_odds"])
+    adapters.cut = {"mr": 0.5}
+    assert "cut_log_odds" not in inferer.predict(encoded).details
 
 
 def test_the_promptable_head_is_clicked_where_the_words_point(make, volume, tiny_tumor_model):

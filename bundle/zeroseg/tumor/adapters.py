@@ -304,6 +304,7 @@ class AovaAdapters(nn.Module):
         self.presence_of: dict[str, str] | None = None
         self.beside: dict[str, float] | None = None
         self.head: dict[str, float] | None = None
+        self.cut: dict[str, float] | None = None
         self.sha256: str | None = None  # of the file they were loaded from
         self.alpha = alpha
         self.surroundings = Surroundings(channels, deeper, whole_mm is not None) if deeper else None

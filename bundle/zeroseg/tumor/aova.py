@@ -29,7 +29,7 @@ prompt."""
 OVERLAP = 0.25
 """Share of the longest window that neighbours have in common."""
 
-ENTRIES = ("fusion", "presence", "presence_of", "beside", "head")
+ENTRIES = ("fusion", "presence", "presence_of", "beside", "head", "cut")
 """Of ``config.json`` beside the adapters' options, see ``load_adapters``."""
 
 Slices = tuple[slice, slice, slice]
@@ -244,7 +244,8 @@ def load_adapters(source: str | Path = EMBEDDED, text_dim: int | None = None) ->
       ``presence``     the log-odds that count as even odds of there being a tumour at all;
       ``presence_of``  of what: "image", the adapters' answer of the volume as a whole, as where nothing is said, or "mask";
       ``beside``       what the general adapters' margins weigh beside these, where both answer together; 1 where nothing is said;
-      ``head``         what the words weigh beside the candidates of the promptable head; in other modalities it is not asked.
+      ``head``         what the words weigh beside the candidates of the promptable head; in other modalities it is not asked;
+      ``cut``          the share of the surest voxels' log-odds from which on a voxel is tumour; 0 where nothing is said.
 
     Args:
         source: ``"embedded"``, that folder, or the path of ``adapters.safetensors`` in it.

@@ -27,7 +27,7 @@ from zeroseg.interaction.volume_session import VolumeEvent, VolumeSessions, affi
 from zeroseg.regions import innermost, largest_component
 from zeroseg.segmentation import Segmentation
 from zeroseg.timing import timed
-from zeroseg.tumor.adapters import AovaAdapters
+from zeroseg.tumor.adapters import AovaAdapters, top_mean
 from zeroseg.tumor.aova import AovaMap, EncodedFeatures, aova_map, encode_features, healthy_margin_loss, load_adapters
 from zeroseg.tumor.inpainting import pseudo_healthy
 from zeroseg.tumor.lungs import SURE, Nodule, find_nodule
@@ -555,6 +555,8 @@ class TumorSegmentationInferer(Inferer):
             logits, used = fuse(maps.fusion_inputs, maps.region, weights)
             # Outside the region AOVA alone has spoken, and said no.
             logits = np.where(maps.region, logits, np.minimum(margin, logit(self.threshold)))
+            cut = self._cut(prepared, maps.aova)
+            logits = logits - cut
             mask = (logits > logit(self.threshold)) & maps.region
             mask = keep_components(mask, self._least_voxels(prepared.sides, prepared.spacing), self.max_components)
         nodule = None
@@ -595,6 +597,7 @@ class TumorSegmentationInferer(Inferer):
             "steps": self._steps if "inpaint" in stages else None,
             "fusion": {k: round(v, 4) for k, v in used.items()},
             "region_voxels": int(maps.region.sum()),
+            **({"cut_log_odds": round(cut, 4)} if cut else {}),
             **({} if nodule is None else {"nodule": nodule.describe(prepared.spacing)}),
             "working_shape": list(prepared.volume.shape[2:]),
             "working_spacing_mm": [round(s, 3) for s in prepared.spacing],
@@ -806,6 +809,16 @@ class TumorSegmentationInferer(Inferer):
         meaning = read_vocabulary().look_up(tumor)
         known = meaning.text is not None and not self.text_encoder.unknown_words(meaning.text)
         return meaning if known else Meaning(tumor)
+
+    def _cut(self, prepared: Prepared, aova: AovaMap) -> float:
+        """Log-odds that count as even odds in this volume: a share of its surest voxels', as uptake is cut at a share of its highest, for
+        how sure adapters are differs from one sequence to another. 0 where the adapters name no share."""
+        share = (self._loaded.cut or {}).get(prepared.modality, 0.0)
+        if not share:
+            return 0.0
+        inside = prepared.inside.to(aova.margin.device)
+        top = top_mean(aova.margin[inside], voxels_of(self._loaded.top_ml, prepared.spacing))
+        return max(0.0, share * float(top))
 
     def _evidence_of_presence(self, maps: TumorMaps, logits: np.ndarray, modality: str) -> float:
         """Log-odds that there is a tumour at all, before they are set against those that count as even: by the adapters' answer of
