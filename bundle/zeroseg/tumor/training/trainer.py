@@ -127,7 +127,9 @@ class AdapterTrainer:
         own = initial is not None and Path(initial).resolve() == self.out.resolve()
         self._initial = "out" if own else self.adapters.sha256
         # Those of ``initial`` do not fit what comes out; others are set by hand, once the adapters are known.
-        self.adapters.fusion = self.adapters.presence = self.adapters.head = self.adapters.beside = self.adapters.cut = None
+        self.adapters.fusion = self.adapters.presence = self.adapters.head = self.adapters.beside = (
+            self.adapters.cut
+        ) = None
         self.adapters.presence_of = dict(presence_of or {})
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
