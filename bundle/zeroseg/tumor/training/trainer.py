@@ -24,7 +24,7 @@ from zeroseg.backbones.weights import write_sums
 from zeroseg.errors import ZeroSegError
 from zeroseg.io import one_line, write_json
 from zeroseg.tumor.adapters import AovaAdapters
-from zeroseg.tumor.aova import load_adapters
+from zeroseg.tumor.aova import ENTRIES, load_adapters
 from zeroseg.tumor.training.cases import CaseSets, counted, phantoms_and_real
 from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.questions import Questions
@@ -127,9 +127,8 @@ class AdapterTrainer:
         own = initial is not None and Path(initial).resolve() == self.out.resolve()
         self._initial = "out" if own else self.adapters.sha256
         # Those of ``initial`` do not fit what comes out; others are set by hand, once the adapters are known.
-        self.adapters.fusion = self.adapters.presence = self.adapters.head = self.adapters.beside = (
-            self.adapters.cut
-        ) = None
+        for entry in ENTRIES:
+            setattr(self.adapters, entry, None)
         self.adapters.presence_of = dict(presence_of or {})
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
