@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 import gather_lesions
+import grow_lesions
 from zeroseg.tumor.training.lesions import grow_lesion
 
 
@@ -69,3 +70,36 @@ def test_a_mask_of_another_size_is_refused(tmp_path):
         Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / part / "a.png")
     with pytest.raises(SystemExit, match=r"a\.png"):
         gather_lesions.main([str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_lesions_grown_into_a_folder_are_bright_deep_and_of_the_size_asked_for(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / "in" / part).mkdir(parents=True)
+    volume, known = body((40, 36, 30)), np.zeros((40, 36, 30), np.uint8)
+    # Something as bright as it gets, or nothing could be brighter than the rest.
+    volume[17:25, 15:23, 4:10] = 1
+    known[20, 18, 6] = 1
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(volume, affine), tmp_path / "in" / "images" / "a_FLAIR.nii.gz")
+    nib.save(nib.Nifti1Image(known, affine), tmp_path / "in" / "masks" / "a_FLAIR.nii.gz")
+    options = "--modality mr --bright *FLAIR* --each 3 --ml 2 20 --spacing 3".split()
+    grow_lesions.main([str(tmp_path / "in"), *options, "--out", str(tmp_path / "out")])
+    written = sorted((tmp_path / "out" / "images").iterdir())
+    assert [path.name for path in written] == [f"a_FLAIR_{n}.nii.gz" for n in range(3)]
+    inside = ndimage.gaussian_filter(volume, 1.0) > 0.04
+    depth = ndimage.distance_transform_edt(inside, sampling=3.0)
+    for path in written:
+        change = np.asarray(nib.load(path).dataobj) / 1000 - volume
+        mask = np.asarray(nib.load(tmp_path / "out" / "masks" / path.name).dataobj) > 0
+        assert mask[20, 18, 6]
+        mask[20, 18, 6] = change[20, 18, 6] > 0.1
+        assert 1.9 <= mask.sum() * 0.027 <= 20.1
+        assert change[mask].mean() > 0.11
+        assert depth[mask].min() >= 2
+
+
+def test_a_folder_without_volumes_grows_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        grow_lesions.main([str(tmp_path), "--modality", "mr", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
