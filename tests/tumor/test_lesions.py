@@ -82,7 +82,7 @@ def test_lesions_grown_into_a_folder_are_bright_deep_and_of_the_size_asked_for(t
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     nib.save(nib.Nifti1Image(volume, affine), tmp_path / "in" / "images" / "a_FLAIR.nii.gz")
     nib.save(nib.Nifti1Image(known, affine), tmp_path / "in" / "masks" / "a_FLAIR.nii.gz")
-    options = "--modality mr --bright *FLAIR* --each 3 --ml 2 20 --spacing 3".split()
+    options = ["--modality", "mr", "--bright", "*FLAIR*", "--each", "3", "--ml", "2", "20", "--spacing", "3"]
     grow_lesions.main([str(tmp_path / "in"), *options, "--out", str(tmp_path / "out")])
     written = sorted((tmp_path / "out" / "images").iterdir())
     assert [path.name for path in written] == [f"a_FLAIR_{n}.nii.gz" for n in range(3)]
