@@ -19,13 +19,13 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
+from zeroseg.backbones.maisi import COMPACT
 from zeroseg.errors import ZeroSegError
 from zeroseg.tumor.prepare import prepare
 from zeroseg.tumor.prompts import MODALITIES
 from zeroseg.tumor.training.cases import TrainingCase, read_cases
 from zeroseg.tumor.training.lesions import grow_lesion
 
-HU_WINDOW = (-250.0, 250.0)
 TRIES = 400
 """Lesions drawn for a volume, most of which are too small, too faint or not deep enough."""
 DEPTH_MM = 14.0
@@ -39,7 +39,7 @@ def grown_into(
 ) -> list[tuple[nib.Nifti1Image, nib.Nifti1Image]]:
     """Readings of one volume with a lesion each, and their masks; fewer than ``count`` where too few places suit."""
     values, affine, marked = case.load()
-    prepared = prepare(values, affine, case.modality, [spacing_mm] * 3, 1, HU_WINDOW)
+    prepared = prepare(values, affine, case.modality, [spacing_mm] * 3, 1, COMPACT["ct_window"])
     volume, known = prepared.volume[0, 0].numpy(), prepared.from_input(marked).numpy() > 0
     body = ndimage.binary_fill_holes(ndimage.gaussian_filter(volume, 1.0) > 0.04)
     depth = ndimage.distance_transform_edt(body, sampling=prepared.spacing)
