@@ -220,10 +220,16 @@ def test_words_the_encoder_does_not_know_find_nothing(make, volume):
 
 def test_a_word_the_embedded_encoder_lacks_is_taken_for_one_it_has(make):
     inferer = TumorSegmentationInferer(text_encoder=TextEncoder(device="cpu"))
-    assert inferer._meaning("hepatoma").text == "liver tumour" and inferer._meaning("metastases").text == "tumour"
-    for words in ("liver cyst", "purple bicycle", "pneumonia"):
-        assert inferer._meaning(words).text == words, "known, nowhere known, or known to the 2-D model only"
-    assert make()._meaning("hepatoma").text == "hepatoma", "another encoder gets the words as typed"
+
+    def meant(words, organ="liver"):
+        return inferer._meaning(words, organ).text
+
+    assert meant("hepatoma") == "liver tumour" and meant("metastases") == "tumour"
+    for words in ("liver cyst", "purple bicycle", "pneumonia", "zqxv tumour"):
+        assert meant(words) == words, "known, nowhere known, or known to the 2-D model only"
+    assert meant("breast cancer", "soft tissue") == "tumour" and meant("breast sarcoma", "soft tissue") == "sarcoma"
+    assert meant("breast cancer") == "breast cancer", "a liver has none"
+    assert make()._meaning("hepatoma", "liver").text == "hepatoma", "another encoder gets the words as typed"
 
 
 def test_other_reasons_for_absent(make, volume):
@@ -494,6 +500,25 @@ class TestOwnAdapters:
         # Whether there is one at all is said by the limbs' own.
         assert together.image_logit == pytest.approx(parts[0].image_logit)
         assert "adapters" not in inferer.segment(volume, AFFINE, "mr", "limb").details
+
+    def test_a_place_without_prompts_is_asked_for_as_one_that_has_them(self, inferer):
+        volume = noise_volume()
+        encoded = inferer.encode(volume, AFFINE, "ct", "body", "breast cancer")
+        read = set(encoded.readers)
+        breast, whole = inferer.predict(encoded, "left breast"), inferer.predict(encoded, "body", "breast cancer")
+        for found, organ, said in ((breast, "left breast", "left breast tumour"), (whole, "body", "breast cancer")):
+            assert (found.details["organ"], found.details["place"]) == (organ, "soft tissue")
+            assert found.details["adapters"] == "embedded:limb" and found.name == said
+            assert f"{organ!r} is asked for as: soft tissue" in found.notes
+        np.testing.assert_array_equal(whole.confidence, inferer.predict(encoded, "soft tissue", "tumour").confidence)
+        np.testing.assert_array_equal(breast.confidence, whole.confidence)
+        assert set(encoded.readers) == read, "the words told the encoding which adapters read first"
+        tissue = inferer.predict(encoded, "soft tissue")
+        assert "place" not in tissue.details and not any("asked for as" in note for note in tissue.notes)
+
+    def test_adapters_that_were_given_get_the_organ_as_it_was_said(self, make, volume):
+        result = make(stages=("aova",)).segment(volume, AFFINE, "ct", "breast")
+        assert "place" not in result.details and any("'breast' has no prompts" in note for note in result.notes)
 
     def test_nonsense_is_absent(self, inferer, slice_of_mr):
         result = inferer.segment(slice_of_mr, AFFINE, "mr", "brain", "zqxv plomf")

@@ -8,13 +8,16 @@ from zeroseg.errors import ZeroSegError
 from zeroseg.tumor.prompts import (
     MODALITIES,
     ORGANS,
+    PLACES,
     REGIONS,
     check_modality,
     default_tumor,
     grammar,
     normalise,
     organ_note,
+    place_of,
     prompt_set,
+    without_place,
 )
 
 
@@ -69,3 +72,40 @@ def test_the_grammar_covers_every_organ_modality_and_role():
         (o, m, r) for o in ORGANS for m in MODALITIES for r in ("normal", "abnormal", "null")
     }
     assert set(REGIONS) <= set(ORGANS) and all(0 <= a <= b <= 3 for a, b in REGIONS.values())
+
+
+@pytest.mark.parametrize(
+    ("organ", "tumor", "place"),
+    [
+        ("liver", "glioma", "liver"),
+        ("breast", "breast cancer", "soft tissue"),
+        ("left breast", "tumour", "soft tissue"),
+        ("right lung", "lung tumour", "lung"),
+        ("head and neck", "tumour", "head"),
+        ("xyzzy", "liver tumour", "xyzzy"),
+        ("left xyzzy", "tumour", "left xyzzy"),
+        ("left", "tumour", "left"),
+        ("body", "glioma", "brain"),
+        ("body", "soft tissue sarcoma", "limb"),
+        ("body", "breast cancer", "soft tissue"),
+        ("body", "pulmonary nodule", "lung"),
+        ("body", "spleen lesion", "spleen"),
+        ("body", "tumour", "body"),
+        ("body", "purple bicycle", "body"),
+    ],
+)
+def test_the_place_is_the_organs_or_what_the_words_name(organ, tumor, place):
+    assert place_of(organ, tumor) == place
+
+
+def test_other_names_lead_to_organs_with_prompts_and_to_one_only():
+    names = [name for others in PLACES.values() for name in others]
+    assert set(PLACES) <= set(ORGANS) and not set(names) & set(ORGANS)
+    assert len(names) == len(set(names)) and all(normalise(name, "organ") == name for name in names)
+
+
+def test_words_for_the_place_are_left_out_of_that_places_tumour_only():
+    assert without_place("breast cancer", "soft tissue") == "cancer"
+    assert without_place("breast cancer", "liver") == "breast cancer"
+    assert without_place("soft tissue", "soft tissue") == "soft tissue"
+    assert without_place("xyzzy tumour", "body") == "xyzzy tumour"

@@ -42,7 +42,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of volumes or 2-D images")
     parser.add_argument("--masks", type=Path, required=True, help="folder of masks with the images' names")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--organ", default="body", help="where to look (default: body)")
+    parser.add_argument("--organ", default="body", help="where to look (default: where --text says, else the body)")
     parser.add_argument("--text", help="what to look for (default: the organ's first tumour)")
     parser.add_argument("--modality", help="ct, mr or pet (default: what the file says, else guessed)")
     parser.add_argument("--prompts", help="JSON of organ, tumor and modality by case, e.g. the cases.json of phantoms")

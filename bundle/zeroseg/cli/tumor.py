@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("input", metavar="CASES", help="folder, or one file")
     parser.add_argument("--output-dir", required=True, help="folder for the results")
     what = parser.add_argument_group("what to find")
-    what.add_argument("--organ", help="where to look (default: body)")
+    what.add_argument("--organ", help="where to look (default: where --tumor says, else the body)")
     what.add_argument("--tumor", help="what to look for (default: the organ's first tumour)")
     what.add_argument("--modality", choices=["ct", "mr", "pet"], help="default: what the file says, else guessed")
     what.add_argument("--prompts", help="prompts.json: organ, tumor, modality, points, labels, box by case")

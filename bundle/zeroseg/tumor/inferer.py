@@ -43,7 +43,9 @@ from zeroseg.tumor.prompts import (
     default_tumor,
     normalise,
     organ_note,
+    place_of,
     prompt_set,
+    without_place,
 )
 from zeroseg.tumor.residuals import dilate, fuse, keep_components, pixel_residual, reach, voxels_of
 
@@ -376,11 +378,8 @@ class TumorSegmentationInferer(Inferer):
 
     def _of(self, organ: str, modality: str) -> TumorSegmentationInferer:
         """The inferer that answers for an organ in a modality: this one, or the same one with the adapters made for them."""
-        embedded = all(
-            str(part) == EMBEDDED for part in (self.adapters, self.text_encoder.source, self.backbone.source)
-        )
         own = OWN_ADAPTERS.get((organ, modality))
-        if own is None or not embedded or not EMBEDDED_SETS[own].is_dir():
+        if own is None or not self._all_embedded or not EMBEDDED_SETS[own].is_dir():
             return self
         if own not in self._own_adapters:
             device = str(self.backbone.device)
@@ -399,6 +398,7 @@ class TumorSegmentationInferer(Inferer):
         affine: np.ndarray | None = None,
         modality: str | None = None,
         organ: str | None = None,
+        tumor: str | None = None,
     ) -> EncodedVolume:
         """Run the frozen encoder on one volume.
 
@@ -406,7 +406,7 @@ class TumorSegmentationInferer(Inferer):
             volume: (1, X, Y, Z) float, HU for CT; a 2-D image is a volume of one slice.
             affine: (4, 4) voxel index -> RAS mm; None: 1 mm.
             modality: ct, mr or pet; None: the inferer's, else guessed and noted.
-            organ: that will be asked for first; None: the inferer's. Another one can be asked for all the same.
+            organ, tumor: that will be asked for first; None: as ``predict``. Others can be asked for all the same.
 
         Raises:
             ZeroSegError: the volume or a setting cannot be used; see ``prepare``.
@@ -426,7 +426,7 @@ class TumorSegmentationInferer(Inferer):
                 backbone.mr_clip,
             )
         with timed(seconds, "encode"):
-            reader = self._of(self._words(organ, None)[0], prepared.modality)
+            reader = self._of(self._place(*self._words(organ, tumor)), prepared.modality)
             # Those that read windows come first: with their latent the others need none.
             features = self._read(prepared, reader._beside or reader._loaded)
         scan = volume.as_subclass(Tensor) if isinstance(volume, Tensor) else torch.from_numpy(forwards(volume))
@@ -470,9 +470,18 @@ class TumorSegmentationInferer(Inferer):
         """
         self.check()
         organ, tumor = self._words(organ, tumor)
-        reader = self._of(organ, encoded.prepared.modality)
-        if reader is not self:
-            return reader.maps(encoded, organ, tumor, seconds, stages)
+        place = self._place(organ, tumor)
+        return self._of(place, encoded.prepared.modality)._maps(encoded, place, tumor, seconds, stages)
+
+    def _maps(
+        self,
+        encoded: EncodedVolume,
+        organ: str,
+        tumor: str,
+        seconds: dict[str, float] | None,
+        stages: Sequence[str] | None,
+    ) -> TumorMaps:
+        """``maps`` by this inferer's own adapters, asked with these words as they are."""
         prepared, seconds = encoded.prepared, {} if seconds is None else seconds
         encoded = self._own(encoded, seconds)
         asked = prompt_set(organ, tumor, prepared.modality)
@@ -536,12 +545,19 @@ class TumorSegmentationInferer(Inferer):
         self.check()
         shown = self._shown(encoded, points, labels, box)
         organ, said = self._words(organ, tumor)
-        reader = self._of(organ, encoded.prepared.modality)
+        place = self._place(organ, said)
+        reader = self._of(place, encoded.prepared.modality)
+        result = reader._predict(encoded, place, said, shown)
+        if place != organ:
+            result.details |= {"organ": organ, "place": place}
+            result.notes = [f"{organ!r} is asked for as: {place}", *result.notes]
         if reader is not self:
-            result = reader.predict(encoded, organ, said, points, labels, box)
-            result.details["adapters"] = OWN_ADAPTERS[organ, encoded.prepared.modality]
-            return result
-        meaning = self._meaning(said)
+            result.details["adapters"] = OWN_ADAPTERS[place, encoded.prepared.modality]
+        return result
+
+    def _predict(self, encoded: EncodedVolume, organ: str, said: str, shown: Prompts | None) -> TumorSegmentation:
+        """``predict`` by this inferer's own adapters, for an organ as they know it, words as they were said, and checked prompts."""
+        meaning = self._meaning(said, organ)
         tumor = str(meaning.text)
         prepared, seconds = encoded.prepared, dict(encoded.seconds)
         encoded = self._own(encoded, seconds)
@@ -549,7 +565,7 @@ class TumorSegmentationInferer(Inferer):
         beside = (self._loaded.head or {}).get(prepared.modality)
         asked_for = {"head": beside is not None and shown is None, "lungs": self._in_lungs(prepared, organ, tumor)}
         stages = [s for s in self._stages_that_count(weights) if asked_for.get(s, True)]
-        maps = self.maps(encoded, organ, tumor, seconds, stages)
+        maps = self._maps(encoded, organ, tumor, seconds, stages)
         with timed(seconds, "fuse"):
             margin = maps.aova.margin.cpu().numpy()
             logits, used = fuse(maps.fusion_inputs, maps.region, weights)
@@ -660,7 +676,8 @@ class TumorSegmentationInferer(Inferer):
         """
         if affine is None and isinstance(volume, MetaTensor):
             affine = np.asarray(volume.affine)
-        return self.predict(self.encode(volume, affine, modality, organ), organ, tumor, points, labels, box)
+        encoded = self.encode(volume, affine, modality, organ, tumor)
+        return self.predict(encoded, organ, tumor, points, labels, box)
 
     def __call__(self, inputs: Tensor, network: object = None, *args: object, **kwargs: Any) -> Tensor:
         """Masks of a batch, as MONAI's evaluators call an inferer.
@@ -703,6 +720,18 @@ class TumorSegmentationInferer(Inferer):
         if tumor is None and (organ is None or asked == normalise(self.organ, "organ")):
             tumor = self.tumor
         return asked, default_tumor(asked) if tumor is None else normalise(tumor, "tumor")
+
+    @property
+    def _all_embedded(self) -> bool:
+        return all(str(part) == EMBEDDED for part in (self.adapters, self.text_encoder.source, self.backbone.source))
+
+    def _place(self, organ: str, tumor: str) -> str:
+        """The organ that the embedded model is asked for, see ``prompts.place_of``, the tumour's words as they are or as the vocabulary
+        takes them; other models know their own words."""
+        if not self._all_embedded:
+            return organ
+        place = place_of(organ, tumor)
+        return place if place != "body" else place_of(organ, read_vocabulary().look_up(tumor).text or tumor)
 
     @property
     def _steps(self) -> int:
@@ -802,13 +831,18 @@ class TumorSegmentationInferer(Inferer):
             "agreement": [round(v, 4) for v in agreements],
         }
 
-    def _meaning(self, tumor: str) -> Meaning:
-        """What the text encoder is told for a tumour: where the embedded one lacks words, those of the vocabulary that it has."""
-        if self.text_encoder.source not in EMBEDDED_SETS or not self.text_encoder.unknown_words(tumor):
+    def _meaning(self, tumor: str, organ: str) -> Meaning:
+        """What the text encoder is told for a tumour: where the embedded one lacks words, those of the vocabulary that it has, or the
+        words without those that name the organ anyway."""
+        unknown = self.text_encoder.unknown_words
+        if self.text_encoder.source not in EMBEDDED_SETS or not unknown(tumor):
             return Meaning(tumor)
         meaning = read_vocabulary().look_up(tumor)
-        known = meaning.text is not None and not self.text_encoder.unknown_words(meaning.text)
-        return meaning if known else Meaning(tumor)
+        said = meaning.text or tumor
+        for words in (said, without_place(said, organ)):
+            if not unknown(words):
+                return Meaning(words, words != tumor, meaning.similarity if meaning.text else 1.0)
+        return Meaning(tumor)
 
     def _cut(self, prepared: Prepared, aova: AovaMap) -> float:
         """Log-odds that count as even odds in this volume: a share of its surest voxels', as uptake is cut at a share of its highest, for

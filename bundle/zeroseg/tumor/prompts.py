@@ -44,6 +44,34 @@ OF_THE_HEAD, OF_THE_LIMBS = ("brain", "head", "nasopharynx"), ("limb", "thigh", 
 OF_THE_LUNGS = ("lung", "lungs", "chest", "thorax")
 """Organs for which the stage ``lungs`` looks into the lungs."""
 
+PLACES: dict[str, tuple[str, ...]] = {
+    "brain": ("cerebrum", "cerebral", "cerebellum", "cerebellar", "brainstem", "intracranial", "meninges", "pituitary"),
+    "head": ("skull", "face", "head and neck"),
+    "nasopharynx": ("nasopharyngeal", "pharynx"),
+    "lung": ("lungs", "pulmonary", "chest", "thorax", "thoracic", "bronchus", "bronchial", "mediastinum", "pleura", "pleural"),
+    "liver": ("hepatic",),
+    "kidney": ("kidneys", "renal"),
+    "spleen": ("splenic",),
+    "pancreas": ("pancreatic",),
+    "colon": ("colorectal", "rectum", "rectal", "sigmoid", "large bowel"),
+    "abdomen": (
+        "abdominal", "adrenal", "adrenal gland", "bladder", "bowel", "cervix", "cervical", "esophagus", "gallbladder", "gastric",
+        "oesophagus", "ovarian", "ovary", "pelvic", "pelvis", "peritoneum", "prostate", "small bowel", "stomach", "uterine", "uterus",
+    ),
+    "soft tissue": (
+        "axilla", "breast", "breasts", "chest wall", "fat", "mammary", "muscle", "neck", "parotid", "skin", "thyroid",
+    ),
+    "limb": (
+        "ankle", "arm", "bone", "buttock", "calf", "elbow", "extremity", "femur", "foot", "forearm", "hand", "hip", "humerus", "knee", "leg",
+        "limbs", "lower extremity", "lower limb", "shoulder", "tibia", "upper extremity", "upper limb",
+    ),
+}  # fmt: skip
+"""Organ with prompts of its own -> other names for it, and for places whose tissue is most like it. A text encoder that has never read
+"breast" takes it for nonsense, and nonsense is nowhere."""
+
+SIDES = ("left", "right", "both")
+"""Words that mean nothing to the model."""
+
 ANY_TUMOUR = ("tumour", "lesion", "mass", "cancer", "carcinoma", "metastasis", "sarcoma", "nodule")
 """Words for a tumour wherever it is."""
 
@@ -72,6 +100,7 @@ REGIONS = {
 """Organ -> top and bottom body region (0 head, 1 chest, 2 abdomen, 3 pelvis and legs) for the DDPM release's
 conditions."""
 
+_OTHER_NAMES = {name: organ for organ, names in PLACES.items() for name in names}
 _SPELLING = {"tumor": "tumour", "tumors": "tumour", "tumours": "tumour", "mri": "mr", "pt": "pet"}
 
 
@@ -128,6 +157,45 @@ def prompt_set(organ: str = "body", tumor: str | None = None, modality: str = "c
 def default_tumor(organ: str) -> str:
     """What is looked for in an organ when no tumour is named."""
     return ORGANS[organ][0] if organ in ORGANS else f"{organ} tumour"
+
+
+def place_of(organ: str, tumor: str) -> str:
+    """The organ with prompts of its own in which a tumour is looked for.
+
+    Where no organ is named but the body, the tumour's own words may name one: "liver tumour", "glioma", "breast cancer".
+
+    Args:
+        organ, tumor: as ``normalise`` gives them.
+
+    Returns:
+        A key of ``ORGANS``; an organ that is neither such a key nor in ``PLACES`` stays as it is.
+    """
+    if organ != "body":
+        return _known(organ) or organ
+    listed = next((other for other, phrases in ORGANS.items() if other != "body" and tumor in phrases), None)
+    return listed or _named(tumor) or "body"
+
+
+def without_place(tumor: str, place: str) -> str:
+    """A tumour's words without what names that place: "breast cancer" in soft tissue is "cancer".
+
+    Returns:
+        The words as they were, where they name no tumour of that place.
+    """
+    words = tumor.split()
+    return words[-1] if words[-1] in ANY_TUMOUR and _named(tumor) == place else tumor
+
+
+def _named(tumor: str) -> str | None:
+    """The organ that all but the last of a tumour's words name, or None."""
+    return _known(tumor.rpartition(" ")[0])
+
+
+def _known(name: str) -> str | None:
+    """The organ with prompts of its own that a name stands for, or None."""
+    bare = " ".join(word for word in name.split() if word not in SIDES)
+    organ = _OTHER_NAMES.get(bare, bare)
+    return organ if organ in ORGANS else None
 
 
 def organ_note(organ: str) -> str | None:

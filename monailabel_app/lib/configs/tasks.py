@@ -105,9 +105,9 @@ def tumor(engine: Engine) -> Tumor | None:
         TumorSegmentationInferer(),
         type="segmentation",
         labels={"tumor": 1},
-        description="The tumour of an organ in a CT, MR or PET volume, or what the option text names there",
+        description="A tumour in a CT, MR or PET volume: of the organ, or what the text names (liver tumour, glioma, ...)",
         config={
-            "organ": "liver",
+            "organ": "body",
             "text": "",
             "modality": ["auto", "ct", "mr", "pet"],
             "absent": ["error", "empty mask"],

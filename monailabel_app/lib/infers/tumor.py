@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # a bundle without a tumour model needs none of it
 
 
 class Tumor(ZeroSegTask):
-    """``organ`` says where to look, ``text`` what for; without a text the organ's usual tumour.
+    """``organ`` says where to look, ``text`` what for; without a text the organ's usual tumour. Of the whole body that is where the text's
+    own words say ("liver tumour").
 
     Args:
         engine: shared by all tasks; reads the images.
@@ -47,13 +48,15 @@ class Tumor(ZeroSegTask):
         stop_if_abandoned()
         modality = options["modality"] if options["modality"] != "auto" else DICOM_MODALITIES.get(image.modality)
         tumor = options["text"].strip() or None
-        key, encoded = self.encode(image, modality, options["organ"])
+        key, encoded = self.encode(image, modality, options["organ"], tumor)
         result = self.inferer.predict(encoded, options["organ"], tumor)
         # Other adapters may have read the volume as well: it is weighed anew.
         self.encodings.put(key, encoded)
         return result
 
-    def encode(self, image: Image, modality: str | None, organ: str) -> tuple[tuple, EncodedVolume]:
+    def encode(
+        self, image: Image, modality: str | None, organ: str, tumor: str | None = None
+    ) -> tuple[tuple, EncodedVolume]:
         """The volume's key and ``encode`` of the inferer, or its earlier answer: other words for a volume need no second pass."""
         content = hashlib.sha256(np.ascontiguousarray(image.array)).hexdigest()
         key = (content, image.array.shape, image.affine.tobytes(), modality)
@@ -61,7 +64,7 @@ class Tumor(ZeroSegTask):
         if known is not None:
             # This call spends no time on it.
             return key, replace(known, seconds={})
-        encoded = self.inferer.encode(image.array, image.affine, modality, organ)
+        encoded = self.inferer.encode(image.array, image.affine, modality, organ, tumor)
         self.encodings.put(key, encoded)
         return key, encoded
 
