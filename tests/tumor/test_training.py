@@ -38,6 +38,7 @@ from zeroseg.tumor.training import (
     volume_terms,
 )
 from zeroseg.tumor.training.cases import phantoms_and_real
+from zeroseg.tumor.training.fusion import FusionFitter
 from zeroseg.tumor.training.samples import CaseReader, as_picture, augmented, beside
 from zeroseg.tumor.training.trainer import IDENTITY, Steps
 
@@ -88,7 +89,16 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     parser.update(
         {"backbone": str(model), "text_encoder": str(model / "text"), "device": "cpu", "steps": 3, "crop": 16}
     )
-    parser.update({"variants": 1, "fusion_volumes": 2, "volume_steps": 1, "dtype": "fp32", "initial": str(model)})
+    parser.update(
+        {
+            "beside": str(model),
+            "variants": 1,
+            "fusion_volumes": 2,
+            "volume_steps": 1,
+            "dtype": "fp32",
+            "initial": str(model),
+        }
+    )
     parser.get_parsed_content("run")
     verify_sums(out)
     config = json.loads((out / "config.json").read_text())
@@ -100,6 +110,17 @@ def test_the_config_trains_and_the_result_segments(model, material, tmp_path):
     inferer = TumorSegmentationInferer(MaisiBackbone(out, device="cpu"), TextEncoder(out / "text"), out, steps=2)
     volume = torch.rand(1, 20, 20, 20) * 400
     assert inferer.segment(volume, np.diag([3, 3, 3, 1]), "mr", "limb").labels.shape == (20, 20, 20)
+
+
+def test_what_answers_beside_others_is_fitted_with_them(model, material, tmp_path):
+    run = trainer(model, material, tmp_path, initial=model)
+    found = []
+    for other in (None, load_adapters(model)):
+        inferer = FusionFitter(run.reader, run.encoder, load_adapters(model), run.cases, 2, beside=other).inferer
+        values, affine, _ = run.cases[0].load()
+        encoded = inferer.encode(values, affine, run.cases[0].modality)
+        found.append(inferer.maps(encoded, run.cases[0].organ, stages=("aova",)).aova.margin)
+    torch.testing.assert_close(found[1], 2 * found[0])
 
 
 def test_what_cannot_be_trained_ends_the_config_in_one_line(model, tmp_path, capsys):

@@ -24,11 +24,12 @@ from zeroseg.hashing import file_sha256
 from zeroseg.places import MODELS
 
 EMBEDDED = "embedded"
-EMBEDDED_HEAD, EMBEDDED_LIMB = "embedded:head", "embedded:limb"
+EMBEDDED_HEAD, EMBEDDED_LIMB, EMBEDDED_BODY = "embedded:head", "embedded:limb", "embedded:body"
 EMBEDDED_SETS = {
     EMBEDDED: MODELS / "tumor",
     EMBEDDED_HEAD: MODELS / "tumor_head",
     EMBEDDED_LIMB: MODELS / "tumor_limb",
+    EMBEDDED_BODY: MODELS / "tumor_body",
 }
 """Names of the folders of tumour adapters that ship with the package, some with a text encoder of their own."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")

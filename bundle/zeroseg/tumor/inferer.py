@@ -19,7 +19,7 @@ from torch import Tensor
 from zeroseg.attention.prepare import prepare as prepare_image
 from zeroseg.backbones.maisi import MaisiBackbone
 from zeroseg.backbones.text_encoder import TextEncoder
-from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_HEAD, EMBEDDED_LIMB, EMBEDDED_SETS
+from zeroseg.backbones.weights import EMBEDDED, EMBEDDED_BODY, EMBEDDED_HEAD, EMBEDDED_LIMB, EMBEDDED_SETS
 from zeroseg.errors import WeightsError, ZeroSegError
 from zeroseg.interaction.prompts import Prompts, check_prompts
 from zeroseg.interaction.vocabulary import Meaning, read_vocabulary
@@ -58,11 +58,16 @@ OWN_ADAPTERS = {
     **{(organ, modality): EMBEDDED_HEAD for organ in OF_THE_HEAD for modality in MODALITIES},
     **{(organ, modality): EMBEDDED_LIMB for organ in OF_THE_LIMBS for modality in ("ct", "pet")},
 }
-"""Organ and modality -> the embedded adapters that were made for them. In MR the general ones find sarcomas better."""
+"""Organ and modality -> the embedded adapters that were made for them; all others: those of the body."""
 SUREST = 0.9
 """Quantile of a mask's log-odds that says how sure it is."""
-TOGETHER = (EMBEDDED_LIMB,)
+TOGETHER = (EMBEDDED_LIMB, EMBEDDED_BODY)
 """Those of them that answer together with the general ones, by the same words, and do not replace them."""
+
+
+def own_adapters(organ: str, modality: str) -> str:
+    """The embedded adapters that answer for an organ in a modality, a key of ``EMBEDDED_SETS``."""
+    return OWN_ADAPTERS.get((organ, modality), EMBEDDED_BODY)
 
 
 @dataclass
@@ -378,8 +383,8 @@ class TumorSegmentationInferer(Inferer):
 
     def _of(self, organ: str, modality: str) -> TumorSegmentationInferer:
         """The inferer that answers for an organ in a modality: this one, or the same one with the adapters made for them."""
-        own = OWN_ADAPTERS.get((organ, modality))
-        if own is None or not self._all_embedded or not EMBEDDED_SETS[own].is_dir():
+        own = own_adapters(organ, modality)
+        if not self._all_embedded or not EMBEDDED_SETS[own].is_dir():
             return self
         if own not in self._own_adapters:
             device = str(self.backbone.device)
@@ -552,7 +557,7 @@ class TumorSegmentationInferer(Inferer):
             result.details |= {"organ": organ, "place": place}
             result.notes = [f"{organ!r} is asked for as: {place}", *result.notes]
         if reader is not self:
-            result.details["adapters"] = OWN_ADAPTERS[place, encoded.prepared.modality]
+            result.details["adapters"] = own_adapters(place, encoded.prepared.modality)
         return result
 
     def _predict(self, encoded: EncodedVolume, organ: str, said: str, shown: Prompts | None) -> TumorSegmentation:

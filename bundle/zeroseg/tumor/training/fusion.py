@@ -29,6 +29,7 @@ class FusionFitter:
         cases: that it is fitted on; those without a lesion are left out.
         volumes: phantoms, and as many real volumes at most, per modality.
         seed: of everything random.
+        beside: adapters that will answer together with these, or None.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class FusionFitter:
         cases: Sequence[TrainingCase],
         volumes: int,
         seed: int = 0,
+        beside: AovaAdapters | None = None,
     ):
+        self.beside = beside
         self.reader, self.backbone, self.encoder, self.adapters = reader, reader.backbone, text_encoder, adapters
         self.cases, self.volumes, self.seed = cases, volumes, seed
         self.questions = Questions(text_encoder)
@@ -47,7 +50,9 @@ class FusionFitter:
     @cached_property
     def inferer(self) -> TumorSegmentationInferer:
         """What the adapters will be used by, with the shipped settings."""
-        return TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
+        inferer = TumorSegmentationInferer(self.backbone, self.encoder, self.adapters, seed=self.seed)
+        inferer._beside = self.beside
+        return inferer
 
     @cached_property
     def lesions(self) -> list[TrainingCase]:

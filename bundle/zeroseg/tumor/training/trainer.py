@@ -88,6 +88,7 @@ class AdapterTrainer:
             0: not fitted.
         presence_of: modality -> "image" or "mask", by what it is judged whether there is a tumour at all; else by the image.
         seed: of everything random.
+        beside: folder of adapters, or "embedded", that will answer together with these: what is fitted afterwards is fitted for both.
 
     Raises:
         ZeroSegError: a setting is no number where it must be one, ``sampling.crop`` does not suit the backbone, or the adapters of
@@ -108,6 +109,7 @@ class AdapterTrainer:
         fusion_volumes: int = 60,
         presence_of: Mapping[str, str] | None = None,
         seed: int = 0,
+        beside: str | Path | None = None,
     ):
         self.schedule, self.fusion_volumes, self.seed = schedule or Schedule(), fusion_volumes, seed
         sampling = sampling or Sampling()
@@ -132,6 +134,7 @@ class AdapterTrainer:
         self.adapters.presence_of = dict(presence_of or {})
         self._calibrated = initial is not None
         self.adapters.requires_grad_(True).to(backbone.device)
+        self.beside = None if beside is None else load_adapters(beside, text_encoder.dim).to(backbone.device)
         self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
         self.log: list[list] = []
         self.seconds = 0.0
@@ -151,7 +154,7 @@ class AdapterTrainer:
         self.seconds += time.monotonic() - start
         self.save()
         fitter = FusionFitter(
-            self.reader, self.encoder, self.adapters, self.sets.fusion, self.fusion_volumes, self.seed
+            self.reader, self.encoder, self.adapters, self.sets.fusion, self.fusion_volumes, self.seed, self.beside
         )
         if self.fusion_volumes:
             self.adapters.fusion = fitter.fit_weights()
