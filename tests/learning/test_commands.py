@@ -207,6 +207,8 @@ def test_adapters_of_the_tumour_model_are_learned_from_a_folder(tiny_tumor_model
     assert run("learn", *folders, *what, *options, *model) == 0
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
     assert run("learn", *folders, *what, *options, *model) == 0, "it goes on, wherever its copies of the volumes lie"
+    endless = ["--set", "steps=1000000", "--seconds", "1"]
+    assert run("learn", *folders, *what, *options, *model, *endless) == 0, "the seconds are over"
     said = refused(capsys, "learn", *folders, *what, *options, *model, "--organ", "brain")
     assert "differs in cases, organ: give another folder" in said
 

@@ -29,6 +29,9 @@ from zeroseg.cli.parser import Parser
 from zeroseg.cli.shared import add_json, add_model, add_set, given, numbers, print_json, spoken_to_stderr, words
 from zeroseg.errors import ZeroSegError
 
+SECONDS = 60.0
+"""A head is learned in."""
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--images", required=True, type=Path, help="folder of images or volumes, or one file")
@@ -36,7 +39,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--output-dir", required=True, type=Path, help="folder for what is learned")
     how = parser.add_argument_group("how")
     how.add_argument("--label", action="append", default=[], metavar="NAME=VALUE", help="of the masks; may be repeated")
-    how.add_argument("--seconds", type=float, default=60.0, help="to learn for at most (default: %(default)g)")
+    how.add_argument(
+        "--seconds",
+        type=float,
+        help=f"to learn for at most (default: {SECONDS:g}; adapters: until their steps are done)",
+    )
     how.add_argument("--resume", action="store_true", help="go on from the head in the output folder")
     how.add_argument("--resolution", type=int, help="side an image is resized to (default: the backbone's own)")
     how.add_argument("--window", metavar="CENTER,WIDTH", help="of intensities, as for segment")
@@ -53,13 +60,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.seconds is not None and not 1 <= args.seconds <= 86400:
+        raise ZeroSegError(f"--seconds must be from 1 to 86400, not {args.seconds:g}")
     if args.adapters:
         return learn_adapters(args)
     for name in ("organ", "modality"):
         if getattr(args, name) is not None:
             raise ZeroSegError(f"--{name} is for --adapters; a head learns what the masks show")
-    if not 1 <= args.seconds <= 86400:
-        raise ZeroSegError(f"--seconds must be from 1 to 86400, not {args.seconds:g}")
     window = None if args.window is None else numbers(args.window, "--window", 2)
     with spoken_to_stderr(args.json):
         manifest = learn(args, None if window is None else (window[0], window[1]))
@@ -82,6 +89,7 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
     from zeroseg.learning.folders import parse_labels, read_folders
     from zeroseg.signals import sigterm_like_ctrl_c
 
+    seconds = SECONDS if args.seconds is None else args.seconds
     settings = given(args, "backbone", "revision", "variant", "device", "dtype", "resolution")
     inferer = build_runner(find_config("inference.yaml"), parse_settings(args.set) | settings, args.output_dir).inferer
     inferer.check()
@@ -106,7 +114,7 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
                 labelled.cases,
                 inferer,
                 labels=labelled.labels,
-                seconds=args.seconds,
+                seconds=seconds,
                 progress=progress,
                 seed=args.seed,
                 start=start,
@@ -118,7 +126,7 @@ def learn(args: argparse.Namespace, window: tuple[float, float] | None) -> dict[
             "zeroseg": __version__,
             "started": started,
             "backbone": inferer.backbone.describe(),
-            "settings": {**inferer.settings(), "window": window, "seconds": args.seconds, "resumed": args.resume},
+            "settings": {**inferer.settings(), "window": window, "seconds": seconds, "resumed": args.resume},
             "head": head.describe(),
             "cases": [
                 {
@@ -158,6 +166,8 @@ def learn_adapters(args: argparse.Namespace) -> int:
             raise ZeroSegError(f"--{name} does not go with --adapters")
     settings = parse_settings(args.set) | given(args, "backbone", "device", "dtype")
     settings |= {"organ": words(args.organ), "modality": args.modality, "seed": args.seed}
+    if args.seconds is not None:
+        settings["minutes"] = args.seconds / 60
     for path, option in ((args.images, "--images"), (args.labels, "--labels")):
         if not path.is_dir():
             raise ZeroSegError(f"{path}: no such folder; give an existing one as {option}")
